@@ -1,0 +1,38 @@
+# Two commands do everything, environment included: `make reproduce` and `make test`.
+PYTHON ?= python3
+PRESET ?= tiny
+FROM ?= sft
+SEEDS ?= 0
+FORCE ?=
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help reproduce test env
+.DEFAULT_GOAL := help
+
+help: ## show this text
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo 'variables   PRESET=tiny|smoke|…  FROM=sft|base  SEEDS="0 1 2"  FORCE=1  PYTHON=python3.12'
+	@echo 'examples    make reproduce FROM=base SEEDS="0 1 2"'
+	@echo '            make test ARGS="tests/test_core.py -k preset"'
+
+reproduce: $(READY) ## train stages 1 to 3, evaluate, write tables and figures (finished steps are skipped)
+	$(BIN)/python -m clear_nb.pipeline --preset $(PRESET) --from $(FROM) --seed $(SEEDS) $(if $(FORCE),--force)
+
+test: export OMP_NUM_THREADS = 1
+test: export MPLBACKEND = agg
+test: $(READY) ## run every notebook and every test
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+env: $(READY) ## only make the environment in .venv
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"clear-nb needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,104 @@
+"""The house style, measured: short cells, short functions, a lesson after each export, imports that go one way."""
+import ast
+import re
+
+import nbformat
+import numpy as np
+import pytest
+from clear_nb.core import ROOT
+
+LIBRARY = sorted((ROOT/'nbs'/'lib').glob('*.ipynb'))
+MODULES = [p for p in sorted((ROOT/'clear_nb').glob('*.py')) if not p.name.startswith('_')]
+
+# What each module may import directly; what those may import is allowed as well.
+MAY_IMPORT = {
+    'core': [], 'paper': ['core'], 'images': ['core'], 'degrade': ['core'], 'scenes': ['core'], 'flow': ['core'], 'vae': ['core'],
+    'vit': ['core'], 'mot': ['core'], 'trajectory': ['core', 'vae', 'vit', 'mot'], 'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
+    'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data'], 'sft': ['train', 'data'],
+    'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'grpo': ['train', 'generate', 'reward', 'data'],
+    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core']}
+
+
+def cells(path):
+    """Code cells that hold more than imports."""
+    found = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    return [s for s in found if re.sub(r'^(#.*|(import|from) .*|\s+.*|\))$', '', s, flags=re.M).strip()]
+
+
+def is_export(source): return re.match(r'#\|\s*exporti?\b', source)
+
+
+def is_lesson(source): return not re.match(r'#\|', source)
+
+
+def length(source):
+    """Lines of code: directives, comments and blank lines do not count."""
+    return sum(bool(l.strip()) and not l.lstrip().startswith('#') for l in source.splitlines())
+
+
+def functions(path):
+    """Name and number of lines of every function in a module."""
+    tree = ast.parse(path.read_text())
+    return [(f'{path.stem}.{n.name}', n.end_lineno-n.lineno+1) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def imported(path):
+    """Modules of the package that a module imports."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+    return {name for n in nodes for name in ([n.module.split('.')[0]] if n.module else [a.name for a in n.names])}
+
+
+def reachable(module):
+    """Closure of MAY_IMPORT."""
+    return set(MAY_IMPORT[module]).union(*(reachable(m) for m in MAY_IMPORT[module]))
+
+
+def test_cells_are_short():
+    """At most 10 lines at the 90th percentile."""
+    lengths = {p.stem: [length(s) for s in cells(p)] for p in [*LIBRARY, *(ROOT/'nbs').glob('*.ipynb')]}
+    worst = {k: float(np.percentile(v, 90)) for k, v in lengths.items() if v and np.percentile(v, 90) > 10}
+    assert np.percentile(sum(lengths.values(), []), 90) <= 10, f'notebooks above 10 lines at p90: {worst}'
+
+
+def test_functions_are_short():
+    """At most 15 lines at the 90th percentile, none above 40."""
+    lengths = dict(f for p in MODULES for f in functions(p))
+    assert {k: v for k, v in lengths.items() if v > 40} == {}
+    assert np.percentile(list(lengths.values()), 90) <= 15, f'p90 is {np.percentile(list(lengths.values()), 90)} lines'
+
+
+@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+def test_lessons(path):
+    """At least 0.8 lesson cells per export cell, and lessons that can fail."""
+    sources = cells(path)
+    exports, lessons = [s for s in sources if is_export(s)], [s for s in sources if is_lesson(s)]
+    assert len(lessons) >= 0.8*len(exports), f'{len(lessons)} lessons for {len(exports)} exports'
+    assert sum('assert' in s for s in lessons) >= len(lessons)/2
+
+
+@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+def test_title(path):
+    """First cell: a title and a claim, which becomes the module's docstring."""
+    lines = nbformat.read(path, 4).cells[0].source.splitlines()
+    assert lines[0].startswith('# ') and any(l.startswith('> ') for l in lines)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_imports_go_downwards(path):
+    """Only the modules that the table allows; a new module needs a row."""
+    assert path.stem in MAY_IMPORT, f'add {path.stem} to MAY_IMPORT'
+    assert imported(path) <= reachable(path.stem)
+
+
+def test_reading_order():
+    """A notebook only uses modules of notebooks with smaller numbers."""
+    number = {p.stem.partition('_')[2]: int(p.stem[:2]) for p in LIBRARY}
+    assert len(set(number.values())) == len(number)
+    assert [(p.stem, m) for p in MODULES for m in imported(p) if number[m] >= number[p.stem]] == []
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_no_silent_failure(path):
+    """No star imports, no bare or catch-all except, no global seeds."""
+    source = path.read_text()
+    assert not re.search(r'import \*|except( Exception)?:|np\.random\.seed|torch\.manual_seed\(|random\.seed\(', source)
