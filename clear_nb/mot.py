@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['CAUSAL', 'FULL', 'NOISE', 'Layout', 'visible', 'visible_naive', 'Route', 'routed', 'KVCache', 'select', 'Slots',
-           'rope_rotate', 'Attention', 'attend', 'forward_attention', 'Context', 'Layer', 'Mot', 'forward_mot']
+           'rope_rotate', 'Attention', 'attend_plain', 'attend', 'Context', 'Layer', 'Mot']
 
-# %% ../nbs/lib/16_mot.ipynb #5c8d3196
+# %% ../nbs/lib/16_mot.ipynb #41cf505d
 from dataclasses import dataclass, fields, replace
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding, rotate_half
 
-# %% ../nbs/lib/16_mot.ipynb #a62d16c7
-CAUSAL, FULL, NOISE = 0, 1, 2
+# %% ../nbs/lib/16_mot.ipynb #f61cb59f
+CAUSAL, FULL, NOISE = 0, 1, 2 # modes of a split
 
+# %% ../nbs/lib/16_mot.ipynb #c811f4ce
 @dataclass
 class Layout:
-    "What the mask and RoPE need to know about each token of a batch of rows"
+    "What the mask and RoPE need to know about each token of a batch of rows."
     sample: Tensor # (R, L) 1, 2, …; 0 is padding
     split: Tensor # (R, L) number of the split, unique within the row
     mode: Tensor # (R, L) CAUSAL, FULL or NOISE
@@ -28,79 +30,77 @@ class Layout:
 
     def map(self, f): return type(self)(*(f(getattr(self, o.name)) for o in fields(self)))
 
-# %% ../nbs/lib/16_mot.ipynb #421a3bee
+# %% ../nbs/lib/16_mot.ipynb #572299b1
 def visible(q:Layout, # layout of the queries
             k:Layout, # layout of the keys
            )->Tensor: # (R, Lq, Lk) True where the query may see the key
-    "The attention rule of BAGEL with samples and branches, as one predicate"
-    at = lambda o, name: getattr(o, name)
-    pair = lambda name: (at(q, name)[..., :, None], at(k, name)[..., None, :])
+    "The attention rule of BAGEL with samples and branches, as one predicate."
+    pair = lambda name: (getattr(q, name)[..., :, None], getattr(k, name)[..., None, :])
     (sq, sk), (pq, pk), (bq, bk), (iq, ik) = map(pair, ('sample', 'split', 'branch', 'slot'))
     mk, same = k.mode[..., None, :], pq == pk
     seen = ((ik <= iq) | (same & (mk != CAUSAL))) & (same | (mk != NOISE)) & ((bk == 0) | (bk == bq))
     return ((sq == sk) & (sq > 0) & seen) | (iq == ik)
 
-# %% ../nbs/lib/16_mot.ipynb #8272a848
+# %% ../nbs/lib/16_mot.ipynb #32ae444e
 def visible_naive(lens:list, # tokens of each split of one sample
                   modes:list, # mode of each split
                  )->Tensor: # (L, L) bool
-    "The mask of one unbranched sample, written out split by split"
-    n, rows, start = sum(lens), [], 0
-    starts = [sum(lens[:i]) for i in range(len(lens))]
-    for i, (s, l) in enumerate(zip(starts, lens)):
-        for q in range(s, s + l):
-            row = [j for i2, s2 in enumerate(starts) for j in range(s2, s2 + lens[i2])
-                   if (i2 < i and modes[i2] != NOISE) or (i2 == i and (modes[i] != CAUSAL or j <= q))]
-            rows.append(F.one_hot(torch.tensor(row), n).sum(0).bool())
-    return torch.stack(rows)
+    "The mask of one unbranched sample, written out token by token."
+    owner = [i for i, n in enumerate(lens) for _ in range(n)]
+    def sees(q, k):
+        if owner[q] == owner[k]: return modes[owner[k]] != CAUSAL or k <= q
+        return k < q and modes[owner[k]] != NOISE
+    return torch.tensor([[sees(q, k) for k in range(len(owner))] for q in range(len(owner))])
 
-# %% ../nbs/lib/16_mot.ipynb #91cccfc0
+# %% ../nbs/lib/16_mot.ipynb #1f97777b
 @dataclass
 class Route:
-    "Index maps between the padded rows (R·L) and the tokens sorted by expert (N)"
+    "Index maps between the padded rows (R·L) and the tokens sorted by expert (N)."
     perm: Tensor # (N,) flat place of each sorted token: und tokens first, then gen tokens
     inv: Tensor # (R·L,) sorted place of each flat place (0 for padding)
     n_und: int # number of und tokens
 
-    @classmethod
-    def of(cls, sample, gen):
-        gen, real = gen.flatten(), sample.flatten() > 0
-        und = (real & ~gen).nonzero().squeeze(1)
-        perm = torch.cat([und, (real & gen).nonzero().squeeze(1)])
-        inv = torch.zeros(gen.numel(), dtype=torch.long, device=gen.device)
-        inv[perm] = torch.arange(len(perm), device=gen.device)
-        return cls(perm, inv, len(und))
+# %% ../nbs/lib/16_mot.ipynb #2e9d109d
+@patch(cls_method=True)
+def of(cls:Route, sample:Tensor, # (R, L) 0 is padding
+       gen:Tensor, # (R, L) True where the gen expert works
+      )->Route:
+    "Sort the tokens of a batch by expert."
+    gen, real = gen.flatten(), sample.flatten() > 0
+    und = (real & ~gen).nonzero().squeeze(1)
+    perm = torch.cat([und, (real & gen).nonzero().squeeze(1)])
+    inv = torch.zeros(gen.numel(), dtype=torch.long, device=gen.device)
+    inv[perm] = torch.arange(len(perm), device=gen.device)
+    return cls(perm, inv, len(und))
 
-# %% ../nbs/lib/16_mot.ipynb #d4b86aa6
+# %% ../nbs/lib/16_mot.ipynb #240b4dd7
 def routed(und:nn.Module, # weights of the und expert
            gen:nn.Module, # weights of the gen expert
            x:Tensor, # (N, …) tokens sorted by expert
            n_und:int, # how many of them are und tokens
           )->Tensor: # (N, …)
-    "Apply each expert to its own tokens"
+    "Apply each expert to its own tokens."
     if n_und == len(x) and not torch.is_grad_enabled(): return und(x)
     return torch.cat([und(x[:n_und]), gen(x[n_und:])])
 
-# %% ../nbs/lib/16_mot.ipynb #b0306baf
+# %% ../nbs/lib/16_mot.ipynb #5fe2ead4
 class KVCache:
-    "Preallocated keys, values and layout for `rows` rows of at most `slots` tokens"
+    "Preallocated keys, values and layout for `rows` rows of at most `slots` tokens."
     def __init__(self, cfg, rows, slots, device='cpu', dtype=torch.float32):
-        hd = cfg.hidden_size // cfg.num_attention_heads
-        shape = (rows, cfg.num_key_value_heads, slots, hd)
+        shape = (rows, cfg.num_key_value_heads, slots, cfg.hidden_size // cfg.num_attention_heads)
         new = lambda: [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
-        self.k, self.v, self.slots = new(), new(), slots
-        meta = [torch.zeros(rows, slots, dtype=torch.long, device=device) for _ in fields(Layout)]
-        self.layout = Layout(*meta)
+        self.k, self.v, self.slots, self.splits = new(), new(), slots, 0 # splits: how many so far
+        self.layout = Layout(*(torch.zeros(rows, slots, dtype=torch.long, device=device) for _ in fields(Layout)))
+        self.layout.slot += torch.arange(slots, device=device)
         self.lens = torch.zeros(rows, dtype=torch.long) # used slots, known to the host
         self.rope = torch.zeros(rows, dtype=torch.long) # next rotary position of each row
-        self.splits = 0 # splits so far
 
     @property
     def rows(self): return len(self.lens)
 
-# %% ../nbs/lib/16_mot.ipynb #8e01a5e3
+# %% ../nbs/lib/16_mot.ipynb #291f9131
 def select(cache:KVCache, rows:Tensor)->KVCache: # rows: (R',) indexes, may repeat
-    "A new cache made of chosen rows: a subset, or each prompt once per group member"
+    "A new cache made of chosen rows."
     new = object.__new__(KVCache)
     dev = rows.to(cache.k[0].device)
     new.k, new.v = ([t.index_select(0, dev) for t in ts] for ts in (cache.k, cache.v))
@@ -108,87 +108,96 @@ def select(cache:KVCache, rows:Tensor)->KVCache: # rows: (R',) indexes, may repe
     new.lens, new.rope = cache.lens[rows], cache.rope[rows]
     return new
 
-# %% ../nbs/lib/16_mot.ipynb #c3197d3b
+# %% ../nbs/lib/16_mot.ipynb #177e1800
+def _fits(width:int, slots:int)->int:
+    "The width, if a cache of `slots` holds it."
+    if width <= slots: return width
+    raise ValueError(f'KVCache: a context of {width} tokens exceeds the {slots} slots of the cache; reserve more slots or shorten the prompt.')
+
+# %% ../nbs/lib/16_mot.ipynb #5f9845fe
 class Slots:
-    "Where the tokens of one forward pass go in a cache"
+    "Where the tokens of one forward pass go in a cache. Raises ValueError when they do not fit."
     def __init__(self, cache:KVCache, layout:Layout):
-        real = layout.sample > 0
-        n = real.sum(1).cpu()
-        self.cache, self.width, self.n = cache, int((cache.lens + n).max()), n
-        if self.width > cache.slots:
-            raise ValueError(f'context of {self.width} tokens exceeds the {cache.slots} slots of the cache; '
-                             'reserve more slots or shorten the prompt')
-        row = torch.arange(len(n), device=real.device)[:, None].expand_as(real)
-        self.row, self.src = row[real], real
-        self.slot = layout.slot[real]
-        for f in fields(Layout): getattr(cache.layout, f.name)[self.row, self.slot] = getattr(layout, f.name)[real]
-        used = torch.arange(self.width, device=real.device) < (cache.lens + n).to(real.device)[:, None]
-        self.keys = cache.layout.map(lambda t: t[:, :self.width])
-        self.keys = replace(self.keys, sample=self.keys.sample * used)
+        self.cache, self.real = cache, layout.sample > 0
+        end = cache.lens + self.real.sum(1).cpu()
+        self.width = _fits(int(end.max()), cache.slots)
+        dev = self.real.device
+        self.row, self.slot = torch.arange(len(end), device=dev)[:, None].expand_as(self.real)[self.real], layout.slot[self.real]
+        for f in fields(Layout): getattr(cache.layout, f.name)[self.row, self.slot] = getattr(layout, f.name)[self.real]
+        keys = cache.layout.map(lambda t: t[:, :self.width])
+        self.keys = replace(keys, sample=keys.sample*(keys.slot < end.to(dev)[:, None]))
 
-    def write(self, i, k, v): # k, v: (R, L, K, d)
-        "Store layer `i` and return all keys and values, (R, K, S', d)"
-        c = self.cache
-        c.k[i][self.row, :, self.slot] = k[self.src].to(c.k[i].dtype)
-        c.v[i][self.row, :, self.slot] = v[self.src].to(c.v[i].dtype)
-        return c.k[i][:, :, :self.width], c.v[i][:, :, :self.width]
+# %% ../nbs/lib/16_mot.ipynb #5accbe7d
+@patch
+def write(self:Slots, i:int, # layer
+          k:Tensor, v:Tensor, # (R, L, K, d)
+         )->tuple: # all keys and values so far, (R, K, S', d)
+    "Store keys and values of the new tokens in layer `i`."
+    c = self.cache
+    c.k[i][self.row, :, self.slot] = k[self.real].to(c.k[i].dtype)
+    c.v[i][self.row, :, self.slot] = v[self.real].to(c.v[i].dtype)
+    return c.k[i][:, :, :self.width], c.v[i][:, :, :self.width]
 
-# %% ../nbs/lib/16_mot.ipynb #26b74192
+# %% ../nbs/lib/16_mot.ipynb #4b81d369
 def rope_rotate(x:Tensor, # (N, heads, d)
                 cos:Tensor, # (N, d) fp32
                 sin:Tensor, # (N, d) fp32
                )->Tensor: # (N, heads, d), in x's dtype
-    "Rotate by position in fp32: halves convention of Qwen2"
+    "Rotate by position in fp32: halves convention of Qwen2."
     y = x.float()
     return (y*cos[:, None] + rotate_half(y)*sin[:, None]).to(x.dtype)
 
-# %% ../nbs/lib/16_mot.ipynb #4304159e
+# %% ../nbs/lib/16_mot.ipynb #9f15363d
 class Attention(nn.Module):
-    "Joint attention with routed projections"
+    "Joint attention with routed projections."
     def __init__(self, cfg, layer):
         super().__init__()
-        self.i, self.heads, self.kv = layer, cfg.num_attention_heads, cfg.num_key_value_heads
-        self.d = cfg.hidden_size // self.heads
+        self.i, self.heads, self.d = layer, cfg.num_attention_heads, cfg.hidden_size // cfg.num_attention_heads
+        heads = dict(q=self.heads, k=cfg.num_key_value_heads, v=cfg.num_key_value_heads)
         for s in ('', '_moe_gen'):
-            for name, n in (('q', self.heads), ('k', self.kv), ('v', self.kv)):
-                setattr(self, f'{name}_proj{s}', nn.Linear(cfg.hidden_size, n*self.d))
+            for name, n in heads.items(): setattr(self, f'{name}_proj{s}', nn.Linear(cfg.hidden_size, n*self.d))
             setattr(self, f'o_proj{s}', nn.Linear(self.heads*self.d, cfg.hidden_size, bias=False))
             for name in 'qk': setattr(self, f'{name}_norm{s}', Qwen2RMSNorm(self.d, cfg.rms_norm_eps))
 
-    def _each(self, name, x, n): return routed(getattr(self, name), getattr(self, name + '_moe_gen'), x, n)
+# %% ../nbs/lib/16_mot.ipynb #e7341454
+@patch
+def _each(self:Attention, name, x, n): return routed(getattr(self, name), getattr(self, name + '_moe_gen'), x, n)
 
-    def qkv(self, x, route, cos, sin):
-        "Queries, keys and values of the sorted tokens, normed and rotated"
-        q, k, v = (self._each(f'{n}_proj', x, route.n_und).unflatten(-1, (-1, self.d)) for n in 'qkv')
-        q, k = (rope_rotate(self._each(f'{n}_norm', t, route.n_und), cos, sin) for n, t in (('q', q), ('k', k)))
-        return q.to(v.dtype), k.to(v.dtype), v
+@patch
+def qkv(self:Attention, x:Tensor, # (N, D) sorted by expert
+        route:Route, cos:Tensor, sin:Tensor, # (N, d)
+       )->tuple: # (N, H, d), (N, K, d), (N, K, d)
+    "Queries, keys and values, normed and rotated."
+    q, k, v = (self._each(f'{n}_proj', x, route.n_und).unflatten(-1, (-1, self.d)) for n in 'qkv')
+    q, k = (rope_rotate(self._each(f'{n}_norm', t, route.n_und), cos, sin) for n, t in (('q', q), ('k', k)))
+    return q.to(v.dtype), k.to(v.dtype), v
 
-# %% ../nbs/lib/16_mot.ipynb #46dc1946
+# %% ../nbs/lib/16_mot.ipynb #8585ae56
+def attend_plain(q:Tensor, # (R, H, Lq, d)
+                 k:Tensor, # (R, H, Lk, d)
+                 v:Tensor, # (R, H, Lk, d)
+                 mask:Tensor, # (R, Lq, Lk) bool
+                )->Tensor: # (R, H, Lq, d)
+    "The attention formula, written out."
+    s = (q*q.shape[-1]**-.5) @ k.transpose(-1, -2)
+    return torch.softmax(s.masked_fill_(~mask[:, None], -torch.inf), -1).to(v.dtype) @ v
+
+# %% ../nbs/lib/16_mot.ipynb #973e1362
 def attend(q:Tensor, # (R, H, Lq, d)
            k:Tensor, # (R, K, Lk, d)
            v:Tensor, # (R, K, Lk, d)
            mask:Tensor, # (R, Lq, Lk) bool
           )->Tensor: # (R, H, Lq, d)
-    "Scaled dot-product attention with grouped key heads"
+    "Scaled dot-product attention with grouped key heads."
     g = q.shape[1] // k.shape[1]
     if g > 1: k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled(): return attend_plain(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
 
-# %% ../nbs/lib/16_mot.ipynb #24e6a490
-def forward_attention(self:Attention, x, ctx):
-    "Sorted tokens in, sorted tokens out; `ctx` carries mask, rotation and cache"
-    rt, (R, L) = ctx.route, ctx.shape
-    q, k, v = (t[rt.inv].view(R, L, -1, self.d) for t in self.qkv(x, rt, ctx.cos, ctx.sin))
-    k, v = ctx.slots.write(self.i, k, v) if ctx.slots else (k.transpose(1, 2), v.transpose(1, 2))
-    o = attend(q.transpose(1, 2), k.to(q.dtype), v.to(q.dtype), ctx.mask)
-    return self._each('o_proj', o.transpose(1, 2).reshape(R*L, -1)[rt.perm], rt.n_und)
-
-Attention.forward = forward_attention
-
-# %% ../nbs/lib/16_mot.ipynb #0f77a214
+# %% ../nbs/lib/16_mot.ipynb #d56d859d
 @dataclass
 class Context:
-    "Everything the layers share in one forward pass"
+    "Everything the layers share in one forward pass."
     shape: tuple # (R, L)
     route: Route
     mask: Tensor # (R, L, Lk) bool
@@ -196,25 +205,34 @@ class Context:
     sin: Tensor # (N, d)
     slots: Slots = None # set when a cache is used
 
-# %% ../nbs/lib/16_mot.ipynb #70234523
+# %% ../nbs/lib/16_mot.ipynb #8b2b55c3
+@patch
+def forward(self:Attention, x:Tensor, ctx:Context)->Tensor: # (N, D) -> (N, D), sorted by expert
+    "Unsort for attention, add what the cache holds, and sort again."
+    rt, (R, L) = ctx.route, ctx.shape
+    q, k, v = (t[rt.inv].view(R, L, -1, self.d) for t in self.qkv(x, rt, ctx.cos, ctx.sin))
+    k, v = ctx.slots.write(self.i, k, v) if ctx.slots else (k.transpose(1, 2), v.transpose(1, 2))
+    o = attend(q.transpose(1, 2), k.to(q.dtype), v.to(q.dtype), ctx.mask)
+    return self._each('o_proj', o.transpose(1, 2).reshape(R*L, -1)[rt.perm], rt.n_und)
+
+# %% ../nbs/lib/16_mot.ipynb #2b40822c
 class Layer(nn.Module):
-    "One decoder layer of the Mixture-of-Transformers"
+    "One decoder layer of the Mixture-of-Transformers."
     def __init__(self, cfg, layer):
         super().__init__()
         self.self_attn = Attention(cfg, layer)
         for s in ('', '_moe_gen'):
             setattr(self, f'mlp{s}', Qwen2MLP(cfg))
-            for n in ('input', 'post_attention'):
-                setattr(self, f'{n}_layernorm{s}', Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps))
+            for n in ('input', 'post_attention'): setattr(self, f'{n}_layernorm{s}', Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps))
 
     def forward(self, x, ctx):
         each = lambda name, x: routed(getattr(self, name), getattr(self, name + '_moe_gen'), x, ctx.route.n_und)
         x = x + self.self_attn(each('input_layernorm', x), ctx)
         return x + each('mlp', each('post_attention_layernorm', x))
 
-# %% ../nbs/lib/16_mot.ipynb #601bd7fd
+# %% ../nbs/lib/16_mot.ipynb #aff3719e
 class Mot(nn.Module):
-    "Stack of routed layers; parameters carry the checkpoint's names"
+    "Stack of routed layers; parameters carry the checkpoint's names."
     def __init__(self, cfg:Qwen2Config):
         super().__init__()
         self.cfg = cfg
@@ -223,21 +241,21 @@ class Mot(nn.Module):
         self.norm, self.norm_moe_gen = (Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) for _ in range(2))
         self.rotary = Qwen2RotaryEmbedding(cfg)
 
-    def context(self, layout, route, cache=None):
-        slots = Slots(cache, layout) if cache else None
-        cos, sin = self.rotary(torch.zeros(1, device=layout.rope.device), layout.rope.flatten()[route.perm][None])
-        return Context(tuple(layout.sample.shape), route, visible(layout, slots.keys if slots else layout), cos[0], sin[0], slots)
+# %% ../nbs/lib/16_mot.ipynb #7b30f007
+@patch
+def context(self:Mot, layout:Layout, route:Route, cache:KVCache=None)->Context:
+    "Mask, rotation and slots of a pass over `layout`, behind what the cache holds."
+    slots = Slots(cache, layout) if cache else None
+    cos, sin = self.rotary(torch.zeros(1, device=layout.rope.device), layout.rope.flatten()[route.perm][None])
+    return Context(tuple(layout.sample.shape), route, visible(layout, slots.keys if slots else layout), cos[0], sin[0], slots)
 
-# %% ../nbs/lib/16_mot.ipynb #50194fb9
-def forward_mot(self:Mot,
-                x:Tensor, # (N, D) embeddings sorted by expert
-                ctx:Context,
-                keep:list=None, # gets the output of each layer appended
-               )->Tensor: # (N, D) after the final norms, sorted by expert
-    "Run all layers"
+# %% ../nbs/lib/16_mot.ipynb #7c86f5ff
+@patch
+def forward(self:Mot, x:Tensor, # (N, D) embeddings sorted by expert
+            ctx:Context, keep:list=None, # gets the output of each layer appended
+           )->Tensor: # (N, D) after the final norms, sorted by expert
+    "Run all layers."
     for layer in self.layers:
         x = layer(x, ctx)
         if keep is not None: keep.append(x)
     return routed(self.norm, self.norm_moe_gen, x, ctx.route.n_und)
-
-Mot.forward = forward_mot

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SUMMARY', 'NBS', 'earlier', 'notebook_path', 'parameters',
            'check_export', 'code', 'modules', 'inputs', 'stamp', 'NotebookFailed', 'output_path', 'up_to_date', 'run',
            'steps', 'run_all', 'readme_text', 'write_readme', 'main']
 
-# %% ../nbs/lib/42_pipeline.ipynb #35f0d905
+# %% ../nbs/lib/42_pipeline.ipynb #58a6e562
 import argparse, ast, hashlib, json, os, posixpath, re, sys, tempfile, time
 from dataclasses import asdict
 from functools import lru_cache
@@ -17,7 +17,7 @@ import nbformat
 import papermill as pm
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from .core import PATHS, ROOT, atomic_path, closest, file_hash, load_preset, results_dir, stage_dir
+from .core import PATHS, ROOT, atomic_path, closest, file_hash, load_preset, results_dir, stage_folder, STAGE_MADE_BY
 
 # %% ../nbs/lib/42_pipeline.ipynb #2ac7adbb
 STAGES = ['00_base', '01_sft', '02_bridge', '03_grpo', '04_mmd_bench', '07_tables', '08_figures']
@@ -102,14 +102,14 @@ def modules(source:str)->list[str]: # sorted names
         todo = {m for name in todo for m in _imports((PATHS.package/f'{name}.py').read_text())}-seen
     return sorted(seen)
 
-# %% ../nbs/lib/42_pipeline.ipynb #b8e811fd
+# %% ../nbs/lib/42_pipeline.ipynb #6fd94677
 def inputs(notebook:str, # name
            preset:str, seed:int|None
           )->list[Path]: # that exist
     "Products a notebook may read: weights of earlier stages and shipped ones; records for the summary notebooks."
     if seed is None: return sorted(results_dir(preset).glob('*.json'))
-    names = [stage.partition('_')[2] for stage in earlier(notebook)]
-    found = [p for n in names for p in (stage_dir(preset, seed, n)/'model', PATHS.checkpoints/preset/n)]
+    names = [n for n, by in STAGE_MADE_BY.items() if by in earlier(notebook)]
+    found = [p for n in names for p in (stage_folder(preset, seed, n), PATHS.checkpoints/preset/n)]
     return [p for p in found if p.exists()]
 
 # %% ../nbs/lib/42_pipeline.ipynb #4d998030
@@ -140,7 +140,7 @@ def output_path(notebook:str, preset:str, seed:int|None, variant:str='')->Path:
     folder = PATHS.runs/preset/('' if seed is None else f'seed{seed}')
     return folder/f"{notebook}{'-'+variant if variant else ''}.ipynb"
 
-# %% ../nbs/lib/42_pipeline.ipynb #9ff2dd52
+# %% ../nbs/lib/42_pipeline.ipynb #27d06b08
 def up_to_date(out:Path, key:str)->bool:
     "Does `out` stand for exactly these inputs, and are the folders and records it made still there?"
     file = out.with_suffix('.stamp.json')
@@ -149,7 +149,7 @@ def up_to_date(out:Path, key:str)->bool:
     return old['key'] == key and all((out.parent/p).exists() for p in old['products'])
 
 def _products(out:Path, notebook:str, preset:str, seed:int|None)->list[str]: # relative to the output
-    own = [] if seed is None else [stage_dir(preset, seed, notebook.partition('_')[2])/'model']
+    own = [] if seed is None else [stage_folder(preset, seed, n) for n, by in STAGE_MADE_BY.items() if by == notebook]
     records = [] if seed is None else results_dir(preset).glob(f'{notebook}*-seed{seed}.json')
     return [os.path.relpath(p, out.parent) for p in [*own, *records] if p.exists()]
 

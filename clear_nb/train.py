@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['lr_at', 'Ema', 'accelerator', 'save_state', 'load_state', 'optimizer', 'update', 'fit', 'smooth', 'plot_history']
 
-# %% ../nbs/lib/26_train.ipynb #bcbe470b
+# %% ../nbs/lib/26_train.ipynb #8f8edfee
 import json, math, time
 from contextlib import nullcontext
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm.auto import tqdm
 from .core import atomic_path
@@ -43,13 +44,14 @@ class Ema:
         for k, p in model.named_parameters():
             if k in self.mean: p.copy_(self.mean[k])
 
-# %% ../nbs/lib/26_train.ipynb #0814b699
+# %% ../nbs/lib/26_train.ipynb #df9d7bf6
 def accelerator(precision:str='bf16', # 'bf16' or 'no'
                )->Accelerator:
     "The accelerator of this process; on a CPU without bf16 instructions use 'no'"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
 
-# %% ../nbs/lib/26_train.ipynb #550b37ee
+# %% ../nbs/lib/26_train.ipynb #3a5da021
 def save_state(path, step:int, model:nn.Module, opt, ema, history:list):
     "Write everything the loop needs to go on, atomically"
     state = dict(step=step, opt=opt.state_dict(), history=history,
@@ -57,6 +59,7 @@ def save_state(path, step:int, model:nn.Module, opt, ema, history:list):
                  ema=dict(n=ema.n, mean=ema.mean) if ema else None)
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
+# %% ../nbs/lib/26_train.ipynb #ef836b07
 def load_state(path, model:nn.Module, opt, ema)->tuple: # (next step, history)
     "Read it back; only tensors and plain values are ever unpickled"
     state = torch.load(path, map_location='cpu', weights_only=True)
@@ -67,13 +70,14 @@ def load_state(path, model:nn.Module, opt, ema)->tuple: # (next step, history)
     if ema: ema.n, ema.mean = state['ema']['n'], {k: v.to(own[k].device) for k, v in state['ema']['mean'].items()}
     return state['step'], state['history']
 
-# %% ../nbs/lib/26_train.ipynb #be467b93
+# %% ../nbs/lib/26_train.ipynb #21de0968
 def optimizer(model:nn.Module, lr:float, weight_decay:float=0.)->torch.optim.AdamW:
     "AdamW over the trainable parameters (betas of BAGEL's recipe)"
     params = [p for p in model.parameters() if p.requires_grad]
     if not params: raise ValueError('no parameter of the model is trainable; check what was frozen')
     return torch.optim.AdamW(params, lr=lr, betas=(.9, .95), eps=1e-8, weight_decay=weight_decay)
 
+# %% ../nbs/lib/26_train.ipynb #8211fb30
 def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str)->float: # gradient norm
     "One optimiser step; refuses a loss or gradient that is not finite"
     if not torch.isfinite(loss): raise FloatingPointError(f'{where}: the loss is {loss.item()}; lower the learning rate or look at the batch')
@@ -84,7 +88,7 @@ def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str
     opt.step()
     return norm
 
-# %% ../nbs/lib/26_train.ipynb #93773ad0
+# %% ../nbs/lib/26_train.ipynb #5f0a78f7
 def fit(model:nn.Module,
         loss, # step -> (scalar tensor, dict of numbers)
         steps:int, lr:float, warmup:int=0,
@@ -99,22 +103,22 @@ def fit(model:nn.Module,
     acc, opt = acc or accelerator(), optimizer(model, lr, weight_decay)
     avg, first, history = Ema(model, ema) if ema else None, 0, []
     if state and Path(state).exists(): first, history = load_state(state, model, opt, avg)
-    saved = time.monotonic()
-    bar = tqdm(range(first, steps), desc=desc, initial=first, total=steps, mininterval=2)
+    saved, bar = time.monotonic(), tqdm(range(first, steps), desc=desc, initial=first, total=steps, mininterval=2)
     for step in bar:
-        for g in opt.param_groups: g['lr'] = lr_at(step, steps, lr, warmup)
+        rate = lr_at(step, steps, lr, warmup)
+        for g in opt.param_groups: g['lr'] = rate
         with acc.autocast(): value, logs = loss(step)
         norm = update(model, opt, value, acc, clip, f'{desc}, step {step}')
         if avg: avg.update(model)
-        history.append(dict(step=step, loss=value.item(), grad_norm=norm, lr=opt.param_groups[0]['lr'], **logs))
-        if step % 10 == 0: bar.set_postfix({k: f'{v:.3g}' for k, v in history[-1].items() if k not in ('step', 'lr', 'grad_norm')})
+        history.append(dict(step=step, loss=value.item(), grad_norm=norm, lr=rate, **logs))
+        if step % 10 == 0: bar.set_postfix({k: f'{v:.3g}' for k, v in dict(loss=value.item(), **logs).items()})
         if state and time.monotonic() - saved > save_seconds:
             save_state(state, step + 1, model, opt, avg, history); saved = time.monotonic()
     if avg: avg.copy_to(model)
     if state: Path(state).unlink(missing_ok=True)
     return history
 
-# %% ../nbs/lib/26_train.ipynb #5b30229d
+# %% ../nbs/lib/26_train.ipynb #f26861cf
 def smooth(values:list, # one number per step
            window:int=20,
           )->list: # running means of the last `window` values
@@ -125,6 +129,7 @@ def smooth(values:list, # one number per step
         out.append(total/min(i + 1, window))
     return out
 
+# %% ../nbs/lib/26_train.ipynb #cfcfcc4a
 def plot_history(history:list, keys:list, window:int=20, ax=None):
     "Running means of logged numbers over steps; each on its own scale when `ax` is None"
     import matplotlib.pyplot as plt

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clear_nb import core
-from clear_nb.core import (ROOT, Clock, atomic_path, file_hash, find_checkpoint, git_state, load_preset, make_record, read_records,
+from clear_nb.core import (ROOT, Clock, atomic_path, file_hash, find_stage, git_state, load_preset, make_record, read_records,
                            results_dir, rng, torch_rng, write_record)
 
 SMOKE = (ROOT/'params'/'smoke.yaml').read_text()
@@ -208,16 +208,17 @@ def test_file_hash(tmp_path):
     with pytest.raises(FileNotFoundError): file_hash(tmp_path/'b')
 
 
-def test_find_checkpoint(tmp_path, monkeypatch):
-    """A run's own weights win over the shipped ones; an unfinished stage does not count."""
+def test_find_stage(tmp_path, monkeypatch):
+    """A run's own weights win over the shipped ones; what a stage keeps beside them does not count."""
     monkeypatch.setattr(core.PATHS, 'runs', tmp_path/'runs')
     monkeypatch.setattr(core.PATHS, 'checkpoints', tmp_path/'shipped')
-    (tmp_path/'runs'/'tiny'/'seed0'/'sft'/'resume').mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match='run notebook'): find_checkpoint('tiny', 0, 'sft')
+    (tmp_path/'runs'/'tiny'/'seed0'/'sft_state.pt').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='run notebook 01_sft'): find_stage('tiny', 0, 'sft')
     (tmp_path/'shipped'/'tiny'/'sft').mkdir(parents=True)
-    assert find_checkpoint('tiny', 0, 'sft') == tmp_path/'shipped'/'tiny'/'sft'
-    (tmp_path/'runs'/'tiny'/'seed0'/'sft'/'model').mkdir()
-    assert find_checkpoint('tiny', 0, 'sft') == tmp_path/'runs'/'tiny'/'seed0'/'sft'/'model'
+    assert find_stage('tiny', 0, 'sft') == tmp_path/'shipped'/'tiny'/'sft'
+    (tmp_path/'runs'/'tiny'/'seed0'/'sft').mkdir()
+    assert find_stage('tiny', 0, 'sft') == tmp_path/'runs'/'tiny'/'seed0'/'sft'
+    with pytest.raises(ValueError, match='sft'): find_stage('tiny', 0, 'stf')
 
 
 def test_clock_stops():

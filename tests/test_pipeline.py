@@ -106,12 +106,12 @@ def test_stamp_covers_what_goes_in(house):
     others = [stamp(path, 'tiny', 0, {}), stamp(path, 'smoke', 1, {}), stamp(path, 'smoke', 0, {'steps': 3})]
     (house/'shipped'/'smoke'/'sft').mkdir(parents=True); (house/'shipped'/'smoke'/'sft'/'w').write_text('shipped')
     others.append(stamp(path, 'smoke', 0, {}))
-    model = house/'runs'/'smoke'/'seed0'/'sft'/'model'
+    model = house/'runs'/'smoke'/'seed0'/'sft'
     for weights in '12':
         model.mkdir(parents=True, exist_ok=True); (model/'w').write_text(weights)
         others.append(stamp(path, 'smoke', 0, {}))
     assert len({first, *others}) == 1+len(others)
-    (house/'runs'/'smoke'/'seed0'/'grpo'/'model').mkdir(parents=True)
+    (house/'runs'/'smoke'/'seed0'/'grpo').mkdir(parents=True)
     nb = nbformat.read(path, 4); nb.cells[1].outputs = [nbformat.v4.new_output('stream', text='x')]; nbformat.write(nb, path)
     assert stamp(path, 'smoke', 0, {}) == others[-1]
 

@@ -1,0 +1,109 @@
+"""Rewards: failures of the judge are no wrong answers, malformed trajectories earn no format point, order does not matter."""
+from types import SimpleNamespace as Space
+
+import numpy as np
+import pytest
+from clear_nb import scenes
+from clear_nb.paper import paper_table
+from clear_nb.reward import (Outage, Reward, RuleJudge, Score, Unparsable, Weights, decision_reward, matches, read_score,
+                             score_rollout)
+from clear_nb.trajectory import MARKER, parse
+
+THINK, ANSWER = '<think>it is dark</think>', '<answer>red</answer>'
+QUESTION = Space(prompt='which color', answer='red')
+
+
+def rollout(*texts, restored=None):
+    """A trajectory with as many executed restorations as texts allow."""
+    return Space(parsed=parse(list(texts)), restorations=[None]*(max(0, len(texts) - 1) if restored is None else restored))
+
+
+def model_judge(reply):
+    """A judge model behind a connection: `reply` is its text or the exception of the client."""
+    def judge(question, said):
+        if isinstance(reply, (TimeoutError, PermissionError)): return Outage(f'{type(reply).__name__}: {reply}')
+        return read_score(reply)
+    return judge
+
+
+@pytest.mark.parametrize('reply,kind', [('0.85', Score), ('0.85.', Score), ('score: 0.85\n', Score), ('I cannot judge this', Unparsable),
+                                        ('85%', Unparsable), ('1.5', Unparsable), ('', Unparsable), (TimeoutError('30 s'), Outage),
+                                        (PermissionError('401'), Outage)])
+def test_judge_failures_are_typed(reply, kind):
+    """Timeouts, refusals and garbage come back as themselves, never as the reward 0."""
+    got = score_rollout(rollout(THINK + ANSWER), QUESTION, model_judge(reply))
+    assert isinstance(got, Reward if kind is Score else kind)
+    if kind is Score: assert got.acc == .85
+
+
+MALFORMED = {
+    'nothing': [''], 'no text': [], 'answer only': [ANSWER], 'thought only': [THINK], 'junk before': ['so ' + THINK + ANSWER],
+    'junk after': [THINK + ANSWER + ' so'], 'two answers': [THINK + ANSWER*2], 'two thoughts': [THINK*2 + ANSWER],
+    'answer first': [ANSWER + THINK], 'empty answer': [THINK + '<answer></answer>'], 'empty thought': ['<think></think>' + ANSWER],
+    'open answer': [THINK + '<answer>red'], 'nested': ['<think><answer>red</answer></think>' + ANSWER],
+    'marker in thought': [f'<think>{MARKER}</think>' + ANSWER], 'marker at the end': [THINK + MARKER],
+    'marker after answer': [THINK + ANSWER + MARKER], 'no second thought': [THINK + MARKER, ANSWER],
+    'no first thought': [MARKER, THINK + ANSWER], 'answer twice': [THINK + ANSWER + MARKER, THINK + ANSWER]}
+
+
+@pytest.mark.parametrize('name', MALFORMED)
+def test_malformed(name):
+    """No format point for anything but the two patterns."""
+    got = score_rollout(rollout(*MALFORMED[name]), QUESTION)
+    assert got.fmt == 0 and got.total <= .9
+
+
+def test_well_formed():
+    """The two patterns, with their rewards."""
+    direct, restored = rollout(THINK + ANSWER), rollout(THINK + MARKER, THINK + ANSWER)
+    assert score_rollout(direct, QUESTION) == Reward(1, 1, 0, .85)
+    assert score_rollout(restored, QUESTION).total == pytest.approx(1.)
+
+
+def test_restored_means_executed():
+    """The marker's text alone is no restoration; the decision reward reads what was carried out."""
+    said = rollout(THINK + MARKER, restored=0)
+    assert score_rollout(said, QUESTION).dec == -1 and score_rollout(rollout(THINK + MARKER, THINK), QUESTION).dec == 0
+
+
+def test_paper_tables():
+    """Table 15 and the weights of eq. 5."""
+    for r in paper_table(15).itertuples(): assert decision_reward(bool(r.generated), bool(r.correct)) == r.reward
+    w = Weights()
+    assert (w.acc, w.fmt, w.dec) == (.75, .1, .15)
+
+
+def test_no_answer_needs_no_judge():
+    """A trajectory without an answer is wrong even while the judge is down."""
+    got = score_rollout(rollout(THINK), QUESTION, model_judge(TimeoutError()))
+    assert got.acc == 0 and got.dec == -1
+
+
+def test_order_and_company():
+    """Rewards are a function of one trajectory: any order, any repetition."""
+    rolls = [rollout(*t) for t in [[THINK + ANSWER], [THINK + MARKER, THINK + ANSWER], *MALFORMED.values()]]
+    alone = [score_rollout(r, QUESTION) for r in rolls]
+    for seed in range(5):
+        order = np.random.default_rng(seed).integers(len(rolls), size=60)
+        assert [score_rollout(rolls[k], QUESTION) for k in order] == [alone[k] for k in order]
+
+
+@pytest.mark.parametrize('said,truth,right', [
+    ('RED', 'red', True), (' the red ', 'red', True), ('red.', 'red', True), ('3', '3.0', True), ('1,000', '1000', True), ('-5', '5', False),
+    ('3', '30', False), ('nan', '3', False), ('inf', 'infinity', False), ('dark red', 'red', False), ('ｒｅｄ', 'red', True), ('', '', True), ('!', '?', False)])
+def test_rule(said, truth, right):
+    """Equal numbers, equal words."""
+    assert matches(said, truth) == right
+
+
+def test_options_of_the_world():
+    """On real multiple-choice questions: the letter and its option are right, every other letter and option is wrong."""
+    judge, seen = RuleJudge(), 0
+    for k in range(40):
+        for q in scenes.training_item(0, k)[1]:
+            if q.answer not in tuple('ABCD') or not q.options: continue
+            seen += 1
+            for letter, option in zip('ABCD', q.options):
+                for said in (letter, letter.lower(), f'({letter})', option, f'{letter} {option}', f'{letter}. {option}'):
+                    assert judge(q, said).value == float(letter == q.answer), (q, said)
+    assert seen > 10
