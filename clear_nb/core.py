@@ -100,7 +100,7 @@ class Base:
     steps:int; batch:int; lr:float; warmup:int # the language model and the generator
     restore_share:float # pictures to restore per picture to ask about
 
-# %% ../nbs/lib/00_core.ipynb #9468a704
+# %% ../nbs/lib/00_core.ipynb #eb3fd107
 @dataclass(frozen=True)
 class Sft:
     "Stage 1 (§3.2, eq. 1)."
@@ -109,6 +109,7 @@ class Sft:
     drop_vit:float = 0.4 # chance that the ViT re-encoding leaves the context
     drop_vae:float = 0.; drop_text:float = 0. # the same for latent tokens and text
     ema:float = 0.995 # decay of the averaged weights
+    balance:bool = True # as many direct as restore examples (App. C)
     per_row:int = 2 # examples of one picture that share a row
     own:float = 0.5 # chance that a restored latent of the model's own stands where the clean one would
 

@@ -172,7 +172,7 @@ def answers(model:ClearModel, p:Pool, pairs:list, inputs:str='both', batch:int=1
         out += [r.texts[0].strip() for r in made]
     return out
 
-# %% ../nbs/lib/24_data.ipynb #78ddf6be
+# %% ../nbs/lib/24_data.ipynb #10cc43c0
 @dataclass(frozen=True)
 class Example:
     "One labelled question with its pathway and trace."
@@ -181,19 +181,19 @@ class Example:
     restore: bool
     texts: tuple
 
-def _balanced(pairs, right, seed):
-    "(picture, question, restore?) of both pathways, equally many; ValueError when one is empty"
+def _balanced(pairs, right, seed, balance):
+    "(picture, question, restore?) of both pathways, equally many if `balance`; ValueError when one is empty then"
     sides = {r: [p for p, ok in zip(pairs, right) if ok != r] for r in (False, True)}
-    n = min(map(len, sides.values()))
+    n = min(map(len, sides.values())) if balance else len(pairs)
     if n == 0: raise ValueError('assign: the base model answered all or none of the labelled questions; take more questions or other corruptions')
     return sorted((*s[k], r) for r, s in sides.items() for k in rng('balance', seed).permutation(len(s))[:n])
 
-# %% ../nbs/lib/24_data.ipynb #f235203f
+# %% ../nbs/lib/24_data.ipynb #0d534d67
 def assign(p:Pool, pairs:list, right:list, # right: was the base model's answer right?
-           seed:int)->list: # Examples in the order of the pool
+           seed:int, balance:bool=True)->list: # Examples in the order of the pool
     "Pathways by failure, balanced 1:1, with traces keyed by (seed, picture, question)."
     def one(i, j, restore):
         it = p.items[i]
         g = rng('trace', seed, i, j)
         return Example(i, j, restore, write_trace(it.questions[j], it.corruption, it.severity, restore, g))
-    return [one(*x) for x in _balanced(pairs, right, seed)]
+    return [one(*x) for x in _balanced(pairs, right, seed, balance)]

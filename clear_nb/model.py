@@ -204,7 +204,7 @@ def velocity(self:ClearModel, h:Hidden, places:Tensor=None)->Tensor: # (n, p²z)
     "Velocity at the places of latent tokens (default: all noised ones)."
     return self.llm2vae(h.at(h.packed.mse_at if places is None else places)).float()
 
-# %% ../nbs/lib/20_model.ipynb #1e43459b
+# %% ../nbs/lib/20_model.ipynb #41f3cf2f
 @patch
 def ce_terms(self:ClearModel, h:Hidden)->Tensor: # (n_ce,)
     "Cross entropy of every text label."
@@ -213,7 +213,8 @@ def ce_terms(self:ClearModel, h:Hidden)->Tensor: # (n_ce,)
 @patch
 def mse_terms(self:ClearModel, h:Hidden)->Tensor: # (n_mse, p²z)
     "Squared velocity error of every noised latent token; NaN where a recorded state has no target."
-    return (self.velocity(h) - h.packed.target)**2
+    v = self.velocity(h)
+    return (v - h.packed.target.reshape(v.shape))**2 # a batch without a noised latent has no terms
 
 # %% ../nbs/lib/20_model.ipynb #95b8c7a0
 def freeze(model:ClearModel, *prefixes:str)->ClearModel:

@@ -120,12 +120,12 @@ def seed_spread(frame:pd.DataFrame, model:str, severity:str)->float:
     part = frame[(frame.model == model) & (frame.severity == severity)]
     return part.groupby('seed')['mean'].mean().std(ddof=1)
 
-# %% ../nbs/lib/40_report.ipynb #e8d0dc54
-MODELS = {'base': 'Bagel', 'text_cot': 'Text-only CoT', 'matched': None, 'clear_sft': 'CLEAR-SFT', 'clear_rl': 'CLEAR-RL',
+# %% ../nbs/lib/40_report.ipynb #9c28dbd1
+MODELS = {'base': 'Bagel', 'base_both': None, 'text_cot': 'Text-only CoT', 'matched': None, 'clear_sft': 'CLEAR-SFT', 'clear_bridge': None, 'clear_rl': 'CLEAR-RL',
           'never': None, 'always': None, 'oracle': None} # our key to the paper's method
 
-LABELS = {'base': 'base model', 'text_cot': 'text-only CoT', 'matched': 'text-only CoT, same inputs as CLEAR',
-          'clear_sft': 'CLEAR-SFT', 'clear_rl': 'CLEAR-RL', 'never': 'CLEAR, never restores', 'always': 'CLEAR, always restores',
+LABELS = {'base': 'base model', 'base_both': 'base model, latent and ViT', 'text_cot': 'text-only CoT', 'matched': 'text-only CoT, same inputs as CLEAR',
+          'clear_sft': 'CLEAR-SFT', 'clear_bridge': 'CLEAR-SFT + bridge', 'clear_rl': 'CLEAR-RL', 'never': 'CLEAR, never restores', 'always': 'CLEAR, always restores',
           'oracle': 'CLEAR, clean latent at the bridge'}
 
 def _models(frame): return [m for m in MODELS if m in set(frame.model)]+[m for m in dict.fromkeys(frame.model) if m not in MODELS]

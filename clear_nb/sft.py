@@ -17,14 +17,14 @@ from .reward import RuleJudge
 from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
 from .train import accelerator, fit
 
-# %% ../nbs/lib/28_sft.ipynb #f7c24161
-def make_examples(base:ClearModel, p:Pool, seed:int, batch:int=128)->tuple: # examples, accuracy of the base
+# %% ../nbs/lib/28_sft.ipynb #3a274123
+def make_examples(base:ClearModel, p:Pool, seed:int, balance:bool=True, batch:int=128)->tuple: # examples, accuracy of the base
     "Ask the base model every labelled question (ViT input, as the paper's baseline) and assign pathways"
     pairs = all_pairs(p)
     said = answers(base, p, pairs, 'vit', batch, progress='pathways')
     judge = RuleJudge()
     right = [judge(p.items[i].questions[j], a).value > .5 for (i, j), a in zip(pairs, said)]
-    return assign(p, pairs, right, seed), float(np.mean(right))
+    return assign(p, pairs, right, seed, balance), float(np.mean(right))
 
 # %% ../nbs/lib/28_sft.ipynb #8c94b466
 def by_image(examples:list)->list:

@@ -349,6 +349,7 @@ def test_not_a_number_stops(rolled):
 def test_bad_values(rolled):
     """Mistakes are named."""
     with pytest.raises(ValueError, match='temperature'): Objective(temperature=0.)
+    with pytest.raises(ValueError, match='reference'): joint_loss(rolled.model, rolled.samples(), Objective(beta=.1))
     with pytest.raises(ValueError, match='scale'): advantages(torch.zeros(1, 2), 'mean')
     done = [d for r in rolled.rolls for d in r.restorations]
     h, chosen = hidden(rolled.model, rolled.rolls, rolled.steps), [k for s in rolled.steps for k in s]

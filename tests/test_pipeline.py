@@ -225,4 +225,4 @@ def test_smoke_chain(tmp_path):
     first, second = (subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr[-3000:]
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
-    assert list((tmp_path/'runs'/'smoke'/'results').glob('04_mmd_bench-seed0.json'))
+    assert list((tmp_path/'runs'/'smoke'/'results').glob('04_mmd_bench-*-seed0.json'))

@@ -1,0 +1,317 @@
+"""Generation in a cache equals one packed pass over what was generated; batches, groups and policies change nothing else."""
+import itertools
+from dataclasses import replace
+import pytest
+import torch
+import clear_nb.generate
+from clear_nb import flow
+from clear_nb.core import torch_rng
+from clear_nb.generate import MODES, Noise, Sampling, count, decode, draw, generate, prefill, reinject, restore
+from clear_nb.mot import KVCache
+from clear_nb.trajectory import Gap, Text, Vae, Vit, pack
+from clear_nb.vae import unpatchify
+from test_model import byte_tokenizer, close, picture, tiny_model
+
+MARK, ANSWER = 264, 262 # whole tokens of the test tokenizer
+QUESTIONS = ('what color is it?', 'how many?', 'is there a dog in the picture?')
+
+
+def talker(*seed, marker=1., end=1., tokenizer=None):
+    "A random model; factors above 1 make it ask for a restoration or end its text more often."
+    model = tiny_model(*seed, tokenizer=tokenizer or byte_tokenizer())
+    model.language_model.lm_head.weight[MARK] *= marker
+    model.language_model.lm_head.weight[model.shape.eos] *= end
+    return model
+
+
+def asked(model, n=2, **size):
+    "Prompts of different length."
+    return [[*(c(x) for c, x in zip((Vae, Vit), picture('prompt', k, **size))), Text(tuple(model.tokenizer.encode(QUESTIONS[k])))] for k in range(n)]
+
+
+def replay(rollout, mode='bridge', model=None, step=None):
+    "The segments of a recorded trajectory; with `step`, the state of that denoising step stands where it was denoised."
+    out = list(rollout.prompt)
+    for i, turn in enumerate(rollout.turns):
+        out.append(Text(tuple(turn.ids), loss=True, eos_loss=turn.ended))
+        if i < len(rollout.restorations):
+            d = rollout.restorations[i]
+            if step is not None: out.append(Vae(unpatchify(d.states[step], 2, 2, 4), float(d.times[step])))
+            out += reinject(model, d.latent, mode)
+    return out
+
+
+def scored(model, rollouts, temperature=1., banned=lambda turn: (), **kw):
+    "Log-probability of every action from one packed pass, with the bans that were in force in each turn."
+    h = model(pack([replay(r, model=model, **kw) for r in rollouts], model.shape))
+    logits = model.logits(h, h.packed.ce_at)/temperature
+    turns = [k for r in rollouts for k in range(len(r.turns))]
+    for i, text in enumerate(h.packed.ce_text.tolist()): logits[i, list(banned(turns[text]))] = -torch.inf
+    return logits.log_softmax(-1).gather(1, h.packed.labels[:, None]).squeeze(1)
+
+
+def drawn(rollouts): return torch.tensor([l for r in rollouts for t in r.turns for l in t.logp])
+
+
+def same(a, b, tol=1e-4):
+    "Two lists of rollouts with equal choices, and numbers within the tolerance."
+    assert [[t.ids for t in r.turns] for r in a] == [[t.ids for t in r.turns] for r in b]
+    assert [[t.ended for t in r.turns] for r in a] == [[t.ended for t in r.turns] for r in b]
+    close(drawn(a), drawn(b), tol)
+    for x, y in zip([d for r in a for d in r.restorations], [d for r in b for d in r.restorations], strict=True): close(x.latent, y.latent, tol)
+
+
+# ---------------------------------------------------------------- packed equals cached
+
+def test_greedy_direct():
+    "Policy never: direct trajectories, the marker banned at every step."
+    model = talker(1, marker=6.)
+    rolls = generate(model, asked(model), Sampling(max_new=12, policy='never'))
+    assert all(len(r.turns) == 1 and not r.restorations and MARK not in r.turns[0].ids for r in rolls)
+    close(scored(model, rolls, banned=lambda turn: [MARK]), drawn(rolls))
+    assert (scored(model, rolls) - drawn(rolls)).abs().max() > .01 # the ban was in force
+
+
+def test_greedy_restored():
+    "Policy always: text, restoration through the bridge, text."
+    model = talker(1, marker=6.)
+    rolls = generate(model, asked(model), Sampling(max_new=12, policy='always', max_restores=1, steps=4))
+    assert all(len(r.turns) == 2 and len(r.restorations) == 1 and r.turns[0].ids[-1] == MARK for r in rolls)
+    close(scored(model, rolls, banned=lambda turn: [ANSWER] if turn == 0 else []), drawn(rolls))
+
+
+def test_no_ban_in_force():
+    "Tags spelled in bytes: the marker is fifteen tokens, never begins, and recorded numbers equal plain ones."
+    model = talker(2, tokenizer=byte_tokenizer(tags=()))
+    rolls = generate(model, asked(model), Sampling(max_new=12, policy='never'))
+    close(scored(model, rolls), drawn(rolls))
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_sampled_with_two_restorations(mode):
+    "Sampled text, up to two restorations, every way to return the picture; texts end by marker, end token and limit."
+    model = talker(7, marker=8., end=5.)
+    s = Sampling(max_new=8, temperature=.9, steps=3, mode=mode, record=True)
+    rolls = generate(model, asked(model, 3), s, Noise('two'), group=6)
+    assert {len(r.restorations) for r in rolls} == {0, 1, 2} and {t.ended for r in rolls for t in r.turns} == {True, False}
+    close(scored(model, rolls, .9, mode=mode), drawn(rolls), 5e-4)
+    assert any(not t.ended and t.ids[-1] != MARK for r in rolls for t in r.turns) # cut at the limit
+    actions = [len(t.logp) - len(t.ids) - t.ended for r in rolls for t in r.turns]
+    assert not any(actions) # one action per sampled id, and the end token only where it was sampled (hazard 5)
+    if mode == 'bridge': close(scored(model, rolls, .9, step=1), drawn(rolls), 5e-4) # x_t is there and nobody sees it (hazard 3)
+
+
+@pytest.mark.parametrize('sigma', [0., .3])
+def test_transition_means(sigma):
+    "At every time of the grid, last step included, the packed velocity gives the sampler's mean (hazards 7, 8)."
+    model = talker(4, marker=8.)
+    s = Sampling(max_new=6, temperature=1., steps=6, sigma=sigma, max_restores=2, record=True)
+    rolls = generate(model, asked(model), s, Noise('means'), group=4)
+    assert sum(len(r.restorations) == 2 for r in rolls) > 1
+    for row, r in enumerate(rolls):
+        for k in range(5):
+            h = model(pack([replay(r, step=k)], model.shape))
+            for n, (v, d) in enumerate(zip(model.velocity(h).split(4), r.restorations)):
+                mean, std = flow.transition(d.states[k], v, d.times[k], d.times[k + 1], sigma)
+                noise = std*Noise('means').steps([row], n, 5, d.latent.shape, 4)[0, k] if sigma else 0.
+                close(mean + noise, d.states[k + 1])
+
+
+def test_end_of_denoising():
+    "The recorded path starts at the noise and ends at the latent that is read."
+    model = talker(4)
+    cache = KVCache(model.mot.cfg, 2, 60)
+    prefill(model, cache, asked(model))
+    z = Noise('z').normal([0, 1], 0, (4, 8, 8))
+    for noise, d, e in zip(z, restore(model, cache, z, 4, record=True), restore(model, cache, z, 4)):
+        assert torch.equal(unpatchify(d.states[0], 2, 2, 4), noise) and torch.equal(unpatchify(d.states[-1], 2, 2, 4), d.latent)
+        assert torch.equal(d.latent, e.latent) and e.states is None and d.times.tolist() == flow.time_grid(4, 3.).tolist()
+    with pytest.raises(ValueError, match='needs step_noise'): restore(model, cache, z, 4, sigma=.1)
+
+
+def test_oblong_pictures():
+    "Rows and columns of a latent keep their roles."
+    model = talker(5, marker=8.)
+    rolls = generate(model, asked(model, h=1, w=3), Sampling(max_new=6, max_restores=1, steps=3, mode='both'))
+    assert all(r.restorations[0].latent.shape == (4, 4, 12) for r in rolls)
+    close(scored(model, rolls, mode='both'), drawn(rolls))
+
+
+def test_low_precision_runs():
+    "Under bf16 autocast the cache is bf16 and scoring stays close."
+    model = talker(3, marker=4.)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.cache_dtype == torch.bfloat16
+        rolls = generate(model, asked(model), Sampling(max_new=8, temperature=1., steps=3), Noise('bf16'), group=2)
+        assert (scored(model, rolls) - drawn(rolls)).abs().max() < .3
+
+
+# ---------------------------------------------------------------- batches
+
+@pytest.mark.parametrize('sigma', [0., .3])
+def test_batch_is_its_rows(sigma):
+    "Prompts of different length together and alone, groups together and member by member (hazard 10)."
+    model = talker(7, marker=8., end=5.)
+    s, ask = Sampling(max_new=8, temperature=1., steps=3, sigma=sigma), asked(model, 3)
+    rolls = generate(model, ask, s, Noise('b'), group=4)
+    assert len({len(r.restorations) for r in rolls}) > 1
+    same(rolls, [r for i, p in enumerate(ask) for r in generate(model, [p], s, Noise('b', first=4*i), group=4)])
+    same(rolls, [generate(model, [ask[i//4]], s, Noise('b', first=i))[0] for i in range(12)])
+    same(rolls, generate(model, [p for p in ask for _ in range(4)], s, Noise('b')))
+
+
+def test_greedy_batch_of_two():
+    "A batch of two equals two batches of one."
+    model = talker(1, marker=6.)
+    s, ask = Sampling(max_new=10, policy='always', max_restores=1, steps=3), asked(model)
+    same(generate(model, ask, s), [generate(model, [p], s, Noise(0, first=i))[0] for i, p in enumerate(ask)])
+
+
+def test_shorter_row_does_not_see_free_slots():
+    "The first token of a short row attends to itself alone, whatever its neighbours need."
+    model = talker(1)
+    long, short = KVCache(model.mot.cfg, 2, 40), KVCache(model.mot.cfg, 1, 40)
+    texts = [[Text((9, 8))], [Text(tuple(range(10, 30)))]]
+    prefill(model, long, texts); prefill(model, short, texts[:1])
+    assert all((a[0, :, :4] - b[0, :, :4]).abs().max() < 1e-5 for a, b in zip(long.k + long.v, short.k + short.v))
+
+
+# ---------------------------------------------------------------- the context left behind
+
+TRAINED = dict(bridge=lambda z, image: [Vae(z), Gap()], reencode=lambda z, image: [Gap(), Vit(image)], both=lambda z, image: [Vae(z), Vit(image)])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_positions_equal_training(mode):
+    "Rotary positions and token counts of the cache are those of a training row with the noised copy in it (hazard 26)."
+    model = talker(1)
+    (z, image), texts = picture('seen'), [Text((30, 31, 32)), Text((40,))]
+    cache = KVCache(model.mot.cfg, 1, 80)
+    start, back = asked(model, 1)[0], reinject(model, z, mode, image)
+    for piece in (start, texts[:1], back, texts[1:]): prefill(model, cache, [piece])
+    p = pack([[*start, texts[0], Vae(z, .5, z), *TRAINED[mode](z, image), texts[1]]], model.shape)
+    seen = p.layout.mode[0] != 2
+    assert int(cache.lens[0]) == int(seen.sum()) and torch.equal(cache.layout.rope[0, :int(seen.sum())], p.layout.rope[0, seen])
+    assert cache.rope.tolist() == p.rope_end.tolist()
+    h = model(p)
+    again = model(pack([[Text((50,), loss=True)]], model.shape, rope0=cache.rope), cache)
+    whole = model(pack([[*start, texts[0], *back, texts[1], Text((50,), loss=True)]], model.shape))
+    close(model.logits(again, again.packed.ce_at), model.logits(whole, whole.packed.ce_at))
+    assert h.x.isfinite().all()
+
+
+@pytest.mark.parametrize('how', ['limit', 'stop', 'end'])
+def test_decode_leaves_the_text(how):
+    "However a text ends, the cache holds bos, the recorded ids and eos."
+    model = talker(6, end=9. if how == 'end' else 1.)
+    ask, u = asked(model), torch.rand(2, 21, generator=torch_rng('u', how))
+    fresh = lambda: KVCache(model.mot.cfg, 2, 80)
+    cache, free = fresh(), fresh()
+    prefill(model, cache, ask); prefill(model, free, ask)
+    first = decode(model, free, u, 1.)[0].ids
+    turns = decode(model, cache, u, 1., stop=[first[2:5]] if how == 'stop' else ())
+    if how == 'stop': assert turns[0].ids == first[:5] and len(turns[0].logp) == 5 and not turns[0].ended
+    if how == 'limit': assert [len(t.ids) for t in turns] == [20, 20]
+    if how == 'end': assert any(t.ended and len(t.logp) == len(t.ids) + 1 for t in turns)
+    whole = fresh()
+    prefill(model, whole, [[*p, Text(tuple(t.ids))] for p, t in zip(ask, turns)])
+    assert cache.lens.tolist() == whole.lens.tolist() and cache.rope.tolist() == whole.rope.tolist()
+    a, b = (prefill(model, c, [[Text((50,), loss=True)]]*2) for c in (cache, whole))
+    close(model.logits(a, a.packed.ce_at), model.logits(b, b.packed.ce_at))
+
+
+def test_end_token_after_the_last_place(monkeypatch):
+    "A text of full length may still end by itself: the end token is then an action, any other token is not."
+    model, said = talker(6), iter([(30, 30), (30, 30), (1, 30)])
+    monkeypatch.setattr(clear_nb.generate, 'draw', lambda logits, *_: (torch.tensor(next(said)), -torch.ones(2)))
+    a, b = decode_alone(model, torch.zeros(2, 3))
+    assert a.ids == b.ids == [30, 30] and (a.ended, len(a.logp)) == (True, 3) and (b.ended, len(b.logp)) == (False, 2)
+
+
+def decode_alone(model, u):
+    cache = KVCache(model.mot.cfg, 2, 60)
+    prefill(model, cache, asked(model))
+    return decode(model, cache, u)
+
+
+def test_bans():
+    "A banned sequence is avoided wherever it begins, also across its own repetition, and nothing else changes before it."
+    model, u = talker(6), torch.zeros(2, 16)
+    free = decode_alone(model, u)[0].ids
+    for seq in (free[:1], free[3:5], free[5:9]):
+        cache = KVCache(model.mot.cfg, 2, 60)
+        prefill(model, cache, asked(model))
+        ids = decode(model, cache, u, banned=[seq])[0].ids
+        at = next(i for i in range(len(free)) if free[i:i + len(seq)] == list(seq)) + len(seq) - 1
+        assert ids[:at] == free[:at] and ids[at] != free[at]
+        assert not any(ids[i:i + len(seq)] == list(seq) for i in range(len(ids)))
+
+
+def test_draw_needs_mass():
+    "Not even u = 1 draws a token without mass, and a ban is a log-probability of its own."
+    logits = torch.tensor([[2., 1., -torch.inf, 0.]]).expand(3, 4)
+    ids, logp = draw(logits, torch.tensor([0., .99, 1.]), 1.)
+    assert ids.tolist() == [0, 3, 3] and logp.isfinite().all()
+    ids, logp = draw(logits, torch.tensor([0., .5, 1.]), 1., .5)
+    assert ids.tolist() == [0, 0, 0] and logp.abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------- policies, the oracle, room, errors
+
+def test_policies():
+    "Never restores, always restores, and the oracle's latent is what the second text reads."
+    model = talker(1, marker=6.)
+    s, ask = Sampling(max_new=10, max_restores=1, steps=3), asked(model)
+    run = lambda policy, **kw: generate(model, ask, replace(s, policy=policy), **kw)
+    assert not any(r.restorations for r in run('never')) and all(r.restorations for r in run('always'))
+    clean = [torch.full((4, 8, 8), float(k)) for k in range(2)]
+    told = run('always', oracle=clean)
+    assert all(d.latent is z for r, z in zip(told, clean) for d in r.restorations)
+    close(scored(model, told, banned=lambda turn: [ANSWER] if turn == 0 else []), drawn(told))
+    assert [r.turns[0].ids for r in told] == [r.turns[0].ids for r in run('always')] and drawn(told).tolist() != drawn(run('always')).tolist()
+
+
+def test_without_a_latent():
+    "ViT input alone: there is nothing to restore, and the marker is banned."
+    model = talker(1, marker=6.)
+    rolls = generate(model, [p[1:] for p in asked(model)], Sampling(max_new=8, policy='always'))
+    assert all(len(r.turns) == 1 and MARK not in r.turns[0].ids for r in rolls)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_room_is_enough(mode, monkeypatch):
+    "Rows that write the marker as the last possible token of every text get through, and the reserve is no larger than one latent block."
+    model, calls = talker(1), itertools.count()
+    word = lambda logits, *_: (torch.full((len(logits),), MARK if next(calls) % 3 == 2 else 30), torch.zeros(len(logits)))
+    monkeypatch.setattr(clear_nb.generate, 'draw', word)
+    ask, s = asked(model), Sampling(max_new=3, steps=2, mode=mode)
+    rolls = generate(model, ask, s)
+    assert all(len(r.restorations) == 2 and [t.ids for t in r.turns] == [[30, 30, MARK]]*3 for r in rolls)
+    assert max(count(replay(r, mode, model), model.shape) for r in rolls) == clear_nb.generate._slots(model, ask, (4, 8, 8), s) - 6
+
+
+def test_too_long_for_the_cache():
+    "Prefill, decoding and denoising name the missing room."
+    model = talker(1)
+    ask = asked(model)
+    n = max(count(p, model.shape) for p in ask)
+    with pytest.raises(ValueError, match=f'context of {n} tokens exceeds the {n - 1} slots of the cache; reserve more'):
+        prefill(model, KVCache(model.mot.cfg, 2, n - 1), ask)
+    cache = KVCache(model.mot.cfg, 2, n + 4)
+    prefill(model, cache, ask)
+    with pytest.raises(ValueError, match='exceeds the'): restore(model, cache, torch.zeros(2, 4, 8, 8), 3)
+    with pytest.raises(ValueError, match='exceeds the'): decode(model, cache, torch.zeros(2, 9))
+
+
+def test_refusals():
+    "What cannot be generated is said in one sentence."
+    model = talker(1)
+    ask = asked(model)
+    with pytest.raises(ValueError, match='list of prompts is empty'): generate(model, [])
+    with pytest.raises(ValueError, match='no tokenizer'): generate(tiny_model(1), ask)
+    with pytest.raises(ValueError, match='unknown .sometimes.; use adaptive, never, always'): Sampling(policy='sometimes')
+    with pytest.raises(ValueError, match='unknown .pixels.; use bridge, reencode, both'): Sampling(mode='pixels')
+    with pytest.raises(ValueError, match="unknown way 'pixels'"): reinject(model, torch.zeros(4, 8, 8), 'pixels')
+    with pytest.raises(ValueError, match='1 oracle latents for 2 prompts'): generate(model, ask, oracle=[torch.zeros(4, 8, 8)])
+    with pytest.raises(ValueError, match='pass latent_shape or split'): generate(model, [ask[0], *asked(model, 1, h=1)])
+    with pytest.raises(ValueError, match='does not fit a 4×4 table'): generate(model, asked(model, 1, h=5))
