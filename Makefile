@@ -27,7 +27,7 @@ reproduce: $(READY) ## train stages 1 to 3, evaluate, write tables and figures (
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: $(READY) ## run every notebook and every test
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 env: $(READY) ## only make the environment in .venv
 

@@ -114,28 +114,27 @@ def _fits(width:int, slots:int)->int:
     if width <= slots: return width
     raise ValueError(f'KVCache: a context of {width} tokens exceeds the {slots} slots of the cache; reserve more slots or shorten the prompt.')
 
-# %% ../nbs/lib/16_mot.ipynb #5f9845fe
+# %% ../nbs/lib/16_mot.ipynb #857314f8
 class Slots:
     "Where the tokens of one forward pass go in a cache. Raises ValueError when they do not fit."
     def __init__(self, cache:KVCache, layout:Layout):
-        self.cache, self.real = cache, layout.sample > 0
-        end = cache.lens + self.real.sum(1).cpu()
-        self.width = _fits(int(end.max()), cache.slots)
-        dev = self.real.device
-        self.row, self.slot = torch.arange(len(end), device=dev)[:, None].expand_as(self.real)[self.real], layout.slot[self.real]
-        for f in fields(Layout): getattr(cache.layout, f.name)[self.row, self.slot] = getattr(layout, f.name)[self.real]
+        real = layout.sample > 0
+        end = cache.lens + real.sum(1).cpu()
+        self.cache, self.width, self.at = cache, _fits(int(end.max()), cache.slots), real.nonzero(as_tuple=True) # at: (row, column)
+        self.to = self.at[0], layout.slot[self.at] # (row, slot)
+        for f in fields(Layout): getattr(cache.layout, f.name)[self.to] = getattr(layout, f.name)[self.at]
         keys = cache.layout.map(lambda t: t[:, :self.width])
-        self.keys = replace(keys, sample=keys.sample*(keys.slot < end.to(dev)[:, None]))
+        self.keys = replace(keys, sample=keys.sample*(keys.slot < end.to(real.device)[:, None]))
 
-# %% ../nbs/lib/16_mot.ipynb #5accbe7d
+# %% ../nbs/lib/16_mot.ipynb #a6e606d1
 @patch
 def write(self:Slots, i:int, # layer
           k:Tensor, v:Tensor, # (R, L, K, d)
          )->tuple: # all keys and values so far, (R, K, S', d)
     "Store keys and values of the new tokens in layer `i`."
-    c = self.cache
-    c.k[i][self.row, :, self.slot] = k[self.real].to(c.k[i].dtype)
-    c.v[i][self.row, :, self.slot] = v[self.real].to(c.v[i].dtype)
+    c, (row, slot) = self.cache, self.to
+    c.k[i][row, :, slot] = k[self.at].to(c.k[i].dtype)
+    c.v[i][row, :, slot] = v[self.at].to(c.v[i].dtype)
     return c.k[i][:, :, :self.width], c.v[i][:, :, :self.width]
 
 # %% ../nbs/lib/16_mot.ipynb #4b81d369

@@ -10,7 +10,13 @@ from clear_nb.core import ROOT
 NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)]
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
+def item(path):
+    """A test item; pipeline notebooks share runs/smoke, so one worker runs them one after the other."""
+    name = path.relative_to(ROOT/'nbs').with_suffix('').as_posix()
+    return pytest.param(path, id=name, marks=[] if name.startswith('lib/') else pytest.mark.xdist_group('pipeline'))
+
+
+@pytest.mark.parametrize('path', map(item, NOTEBOOKS))
 def test_notebook(path):
     """nbdev_test executes the notebook's cells with their defaults, which are the smoke values."""
     command = [str(Path(sys.executable).with_name('nbdev_test')), '--path', str(path), '--n_workers', '0']
