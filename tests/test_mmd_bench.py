@@ -262,7 +262,7 @@ def test_resume(tmp_path, model, monkeypatch, capsys):
     monkeypatch.setattr(mb, 'CODE', mb.CODE[:-1])
     assert go() == 1
     monkeypatch.undo()
-    assert mb.evaluate_all(replace(preset, name='tiny'), 99, None, 'base', root=tmp_path) == [] and 'unknown' in capsys.readouterr().out
+    assert mb.evaluate_all(replace(preset, name='nowhere'), 99, None, 'base', root=tmp_path) == [] and 'unknown' in capsys.readouterr().out
 
 
 def test_overrides_do_not_replace_the_record(tmp_path, model):
