@@ -6,8 +6,8 @@
 __all__ = ['MAX_AREA', 'VAE_RULE', 'VIT_RULE', 'VIT_TRAIN_RULE', 'MAX_PIXELS', 'fit_size', 'ResizeRule', 'open_image', 'resize',
            'image_tensor', 'to_uint8']
 
-# %% ../nbs/lib/04_images.ipynb #1a1658af
-import io, os, struct, zlib
+# %% ../nbs/lib/04_images.ipynb #f605ea73
+import io, os, struct, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -83,10 +83,12 @@ def _check_area(w:int, h:int):
     if w < 1 or h < 1: raise ValueError(f'it is empty ({w} x {h} pixels)')
     if w*h > MAX_PIXELS: raise ValueError(f'its header claims {w} x {h} pixels, more than {MAX_PIXELS:,}; shrink it first')
 
-# %% ../nbs/lib/04_images.ipynb #aad3b7c3
+# %% ../nbs/lib/04_images.ipynb #1045adb5
 def _first_frame(img:Image.Image)->Image.Image:
-    "Decoded first frame; the caller's frame position survives."
-    frame = img.tell() if getattr(img, 'is_animated', False) else 0
+    "Decoded first frame; the caller's frame position survives. Warns when there are others."
+    animated = getattr(img, 'is_animated', False)
+    if animated: warnings.warn(f'open_image: {getattr(img, "filename", "") or "the image"} has {img.n_frames} frames; only the first is used.', stacklevel=2)
+    frame = img.tell() if animated else 0
     if frame: img.seek(0)
     first = img.copy()
     if frame: img.seek(frame)
@@ -121,7 +123,7 @@ def open_image(source # path, PIL image or array
     try: return _decode(_from_array(source) if isinstance(source, np.ndarray) else source)
     except _DECODER_ERRORS as e: raise ValueError(f'open_image: cannot use the {kind}: {e}.') from e
 
-# %% ../nbs/lib/04_images.ipynb #d8c24765
+# %% ../nbs/lib/04_images.ipynb #79d0a016
 def _open_path(path:Path)->Image.Image:
     "Decode the file at `path`."
     if not path.is_file(): raise FileNotFoundError(f'open_image: there is no image file at {path}; check the path.')
@@ -129,6 +131,8 @@ def _open_path(path:Path)->Image.Image:
         with Image.open(path) as img: return _decode(img)
     except UnidentifiedImageError as e:
         raise ValueError(f'open_image: {path} is not an image in a known format; replace or remove the file.') from e
+    except Image.DecompressionBombError as e: # Pillow's own limit lies above ours
+        raise ValueError(f'open_image: {path} claims more than {MAX_PIXELS:,} pixels; shrink it first.') from e
     except _DECODER_ERRORS as e: raise ValueError(f'open_image: cannot decode {path}: {e}; replace or remove the file.') from e
 
 # %% ../nbs/lib/04_images.ipynb #79ebca33

@@ -181,17 +181,19 @@ def attend_plain(q:Tensor, # (R, H, Lq, d)
     s = (q*q.shape[-1]**-.5) @ k.transpose(-1, -2)
     return torch.softmax(s.masked_fill_(~mask[:, None], -torch.inf), -1).to(v.dtype) @ v
 
-# %% ../nbs/lib/16_mot.ipynb #973e1362
+# %% ../nbs/lib/16_mot.ipynb #07e19871
 def attend(q:Tensor, # (R, H, Lq, d)
            k:Tensor, # (R, K, Lk, d)
            v:Tensor, # (R, K, Lk, d)
            mask:Tensor, # (R, Lq, Lk) bool
           )->Tensor: # (R, H, Lq, d)
     "Scaled dot-product attention with grouped key heads."
-    g = q.shape[1] // k.shape[1]
-    if g > 1: k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled(): return attend_plain(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    shape, K, g = q.shape, k.shape[1], q.shape[1] // k.shape[1]
+    if shape[2] == 1: q = q.reshape(shape[0], K, g, shape[3]) # a decoded token: the heads of a group are queries of one key head
+    elif g > 1: k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled(): o = attend_plain(q, k, v, mask)
+    else: o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return o.reshape(shape)
 
 # %% ../nbs/lib/16_mot.ipynb #d56d859d
 @dataclass

@@ -184,32 +184,38 @@ def steps(start:str='sft', # 'base' or 'sft'
     stages = STAGES if start == 'base' else STAGES[1:]
     return [(s, k) for k in seeds for s in stages if s not in SUMMARY]+[(s, None) for s in stages if s in SUMMARY]
 
-# %% ../nbs/lib/42_pipeline.ipynb #d67e81eb
+# %% ../nbs/lib/42_pipeline.ipynb #daea79e8
 def run_all(preset:str, start:str='sft', seeds=(0,), force:bool=False)->None:
     "Run the chain; stops at the first notebook that fails."
     todo, _ = steps(start, seeds), load_preset(preset)
     for i, (notebook, seed) in enumerate(todo, 1):
         print(f"[{i}/{len(todo)}] {notebook}{'' if seed is None else f', seed {seed}'}, preset {preset}", flush=True)
         run(notebook, preset, seed, force=force)
+    write_readme() # it quotes what was found
 
-# %% ../nbs/lib/42_pipeline.ipynb #76f87cf8
+# %% ../nbs/lib/42_pipeline.ipynb #f803f6ca
 def _link(match)->str: # one markdown link, relative to nbs/, made relative to the root
     target = match[1]
     return match[0] if re.match(r'[a-z]+:|#', target) else f']({posixpath.normpath(posixpath.join("nbs", target))})'
 
+def _include(match)->str: # the comment, then the file it names
+    path = ROOT/match[1]
+    return f'{match[0]}\n\n'+(path.read_text().strip() if path.is_file() else '*Unknown: `make reproduce` has not been run.*')
+
 def _cell_text(cell)->str:
-    if cell.cell_type == 'markdown': return re.sub(r'\]\(([^)\s]+)\)', _link, cell.source)
+    if cell.cell_type == 'markdown': return re.sub(r'<!-- include (\S+) -->', _include, re.sub(r'\]\(([^)\s]+)\)', _link, cell.source))
     body = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
     return f'```python\n{body}\n```' if body and not re.match(r'#\|\s*hide', cell.source) else ''
 
-# %% ../nbs/lib/42_pipeline.ipynb #e551c7ae
+# %% ../nbs/lib/42_pipeline.ipynb #42d52fe0
 def readme_text(index:Path=NBS/'index.ipynb')->str:
     "README.md as the index notebook has it."
     head = '<!-- Written from nbs/index.ipynb by `python -m clear_nb.pipeline --readme`; edit the notebook. -->'
     return '\n\n'.join([head, *filter(None, map(_cell_text, nbformat.read(index, 4).cells))])+'\n'
 
-def write_readme(path:Path=ROOT/'README.md')->Path:
+def write_readme(path:Path=None)->Path: # path: that of the repository when not given
     "Write README.md."
+    path = path or ROOT/'README.md'
     with atomic_path(path) as tmp: tmp.write_text(readme_text())
     return path
 

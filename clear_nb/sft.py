@@ -6,11 +6,11 @@
 __all__ = ['KINDS', 'make_examples', 'by_image', 'example_segments', 'sft_row', 'kl_terms', 'layer_weights', 'distill',
            'sft_loss', 'as_direct', 'train_sft']
 
-# %% ../nbs/lib/28_sft.ipynb #5f319795
+# %% ../nbs/lib/28_sft.ipynb #b5f529e4
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .core import Preset, rng, torch_rng
-from .data import Example, Pool, all_pairs, answers, assign, context, ids, write_trace
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, write_trace
 from .flow import sample_time
 from .model import ClearModel, freeze
 from .reward import RuleJudge
@@ -33,19 +33,19 @@ def by_image(examples:list)->list:
     for e in examples: groups.setdefault(e.image, []).append(e)
     return list(groups.values())
 
-# %% ../nbs/lib/28_sft.ipynb #d3855372
+# %% ../nbs/lib/28_sft.ipynb #e0f68321
 def example_segments(tok, p:Pool, e:Example, g:np.random.Generator, t:torch.Generator, branch:int=0,
                      own:Tensor=None, # (z, h, w) a restored latent, or None for the clean one
                      reencode:bool=True, # include the ViT re-encoding (stage 1)
                     )->list:
     "Question, trace and (for the restore pathway) the generated image of one example"
-    text = lambda s, loss: Text(ids(tok, s), loss=loss, branch=branch)
-    out = [text(p.items[e.image].questions[e.question].prompt, False), text(e.texts[0], True)]
+    text = lambda s: Text(ids(tok, s), loss=True, branch=branch)
+    out = [Text(ask_ids(tok, p.items[e.image].questions[e.question], True), branch=branch), text(e.texts[0])]
     if not e.restore: return out
     z = p.clean_z[e.image]
     noised = Vae(z, sample_time(torch.randn((), generator=t)).item(), torch.randn(z.shape, generator=t), branch)
     again = Vit(p.image('clean', e.image), branch) if reencode else Gap(branch)
-    return [*out, noised, Vae(z if own is None else own, branch=branch), again, text(e.texts[1], True)]
+    return [*out, noised, Vae(z if own is None else own, branch=branch), again, text(e.texts[1])]
 
 # %% ../nbs/lib/28_sft.ipynb #281a7974
 def sft_row(tok, p:Pool, group:list, g:np.random.Generator, t:torch.Generator, cfg, # cfg: core.Sft

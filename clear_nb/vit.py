@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-# %% ../nbs/lib/14_vit.ipynb #6f19a49f
+# %% ../nbs/lib/14_vit.ipynb #41abfac7
 @dataclass(frozen=True)
 class VitConfig:
     "Shape of the encoder; the defaults are BAGEL's (SigLIP so400m/14 with its last layer left out)."
@@ -28,6 +28,7 @@ class VitConfig:
     patch:int=14 # pixels per patch side
     side:int=70 # largest number of patches per side
     eps:float=1e-6
+    table_base:float=10000. # of the position table at initialisation
     act:str='gelu_pytorch_tanh'
 
     def __post_init__(self):
@@ -78,20 +79,21 @@ def position_ids(h:int, # patch rows
     row, col = (_stretch(n, side) if interpolate else torch.arange(n) for n in (h, w))
     return (row[:, None]*side + col).flatten()
 
-# %% ../nbs/lib/14_vit.ipynb #4520abbd
-def _sincos(pos:np.ndarray, dim:int)->np.ndarray:
+# %% ../nbs/lib/14_vit.ipynb #07aabd73
+def _sincos(pos:np.ndarray, dim:int, base:float=10000.)->np.ndarray:
     "Sine and cosine features of integer positions, sines first."
-    angle = pos[:, None]*10000.**(-np.arange(dim//2)/(dim/2))
+    angle = pos[:, None]*float(base)**(-np.arange(dim//2)/(dim/2))
     return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
-# %% ../nbs/lib/14_vit.ipynb #0137f63a
+# %% ../nbs/lib/14_vit.ipynb #5b0322e3
 def sincos_table(side:int, # table side
                  dim:int, # vector length, a multiple of 4
+                 base:float=10000., # b
                 )->Tensor: # float32 (side*side, dim)
     "Two-dimensional sine-cosine table. Raises ValueError unless `dim` is a multiple of 4."
     if dim % 4: raise ValueError(f'sincos_table: dim must be a multiple of 4, not {dim}.')
     row, col = (a.flatten().astype(np.float64) for a in np.mgrid[:side, :side])
-    table = np.concatenate([_sincos(col, dim//2), _sincos(row, dim//2)], 1)
+    table = np.concatenate([_sincos(x, dim//2, base) for x in (col, row)], 1)
     return torch.from_numpy(table.astype(np.float32))
 
 # %% ../nbs/lib/14_vit.ipynb #29f0c8e7
@@ -118,7 +120,7 @@ class _VisionModel(nn.Module):
         for layer in self.encoder.layers: x = layer(x, mask)
         return self.post_layernorm(x)
 
-# %% ../nbs/lib/14_vit.ipynb #2cd4d4fe
+# %% ../nbs/lib/14_vit.ipynb #46b0c757
 @torch.no_grad()
 def _init(net:nn.Module, cfg:VitConfig, generator:torch.Generator):
     "Fresh weights from `generator`."
@@ -127,7 +129,7 @@ def _init(net:nn.Module, cfg:VitConfig, generator:torch.Generator):
         elif isinstance(m, nn.LayerNorm): m.reset_parameters()
     emb = net.embeddings
     nn.init.normal_(emb.patch_embedding.weight, std=emb.patch_embedding.in_features**-.5, generator=generator)
-    emb.position_embedding.weight.copy_(sincos_table(cfg.side, cfg.hidden))
+    emb.position_embedding.weight.copy_(sincos_table(cfg.side, cfg.hidden, cfg.table_base))
 
 # %% ../nbs/lib/14_vit.ipynb #ce0d38be
 class Vit(nn.Module):

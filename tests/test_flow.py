@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch.nn.functional import linear, silu
 from clear_nb.core import torch_rng
-from clear_nb.flow import (clean_estimate, interpolate, sample_time, score, shift_time, solve, step, time_grid, timestep_embedding, transition,
+from clear_nb.flow import (RENORMS, Guidance, clean_estimate, guide, interpolate, sample_time, score, shift_time, solve, step, time_grid, timestep_embedding, transition,
                            transition_logp, velocity_target)
 
 GOLDEN = Path(__file__).parent/'golden'/'bagel'
@@ -217,3 +217,34 @@ def test_bad_arguments_raise():
     with pytest.raises(ValueError, match='even'): timestep_embedding(torch.zeros(1), 5)
     with pytest.raises(ValueError, match='at least 2'): time_grid(1)
     with pytest.raises(ValueError, match='positive'): shift_time(.5, 0.)
+
+
+# guidance
+
+@pytest.mark.parametrize('renorm', RENORMS)
+@pytest.mark.parametrize('text, image, floor', [(4., 2., 0.), (1.2, 1., .5), (.5, 3., .9), (2., .5, 0.)])
+def test_guided_velocity_token_by_token(renorm, text, image, floor):
+    "Against the formulas written out; lengths below and above that of v both occur, so the factor meets its floor and 1."
+    g = Guidance(text, image, renorm=renorm, renorm_min=floor)
+    scale = torch.exp(torch.randn(3, 2, 6, 1, generator=torch_rng('scale'))*2)
+    v, v_text, v_image = torch.randn(3, 2, 6, 4, generator=torch_rng('v'))*scale
+    ours = guide(v, v_text, v_image if image > 1 else None, g)
+    factor = lambda w, v: min(max((v.square().sum().sqrt()/w.square().sum().sqrt()).item(), floor), 1.)
+    seen = []
+    for k in range(2):
+        u, w = v_text[k] + text*(v[k] - v_text[k]), None
+        if renorm == 'text_channel': seen += (fs := [factor(a, b) for a, b in zip(u, v[k])]); u = u*torch.tensor(fs)[:, None]
+        w = v_image[k] + image*(u - v_image[k]) if image > 1 else u
+        if renorm == 'channel': seen += (fs := [factor(a, b) for a, b in zip(w, v[k])]); w = w*torch.tensor(fs)[:, None]
+        if renorm == 'global': seen.append(factor(w, v[k])); w = w*seen[-1]
+        close(ours[k], w, 1e-5)
+    if renorm != 'global' and floor == .5: assert {1., floor} < set(seen)
+
+
+def test_guided_interval():
+    "Strictly above lo, up to hi, by the shifted time."
+    grid = torch.tensor([1., .8, .6, .4, .2, 0.])
+    assert Guidance(interval=(.4, .8)).at(grid) == [False, True, True, False, False]
+    assert Guidance(interval=(0., 1.)).at(grid) == [True]*5 and Guidance(text=1.).at(grid) == [False]*5
+    for bad in (dict(renorm='both'), dict(interval=(.5, .4)), dict(renorm_min=-1.)):
+        with pytest.raises(ValueError, match='Guidance'): Guidance(**bad)

@@ -1,4 +1,5 @@
 """Generation in a cache equals one packed pass over what was generated; batches, groups and policies change nothing else."""
+import copy
 import itertools
 from dataclasses import replace
 import pytest
@@ -6,10 +7,11 @@ import torch
 import clear_nb.generate
 from clear_nb import flow
 from clear_nb.core import torch_rng
-from clear_nb.generate import MODES, Noise, Sampling, count, decode, draw, generate, prefill, reinject, restore
+from clear_nb.flow import RENORMS, Guidance
+from clear_nb.generate import MODES, Field, Noise, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore
 from clear_nb.mot import KVCache
 from clear_nb.trajectory import Gap, Text, Vae, Vit, pack
-from clear_nb.vae import unpatchify
+from clear_nb.vae import patchify, unpatchify
 from test_model import byte_tokenizer, close, picture, tiny_model
 
 MARK, ANSWER = 264, 262 # whole tokens of the test tokenizer
@@ -287,7 +289,7 @@ def test_room_is_enough(mode, monkeypatch):
     ask, s = asked(model), Sampling(max_new=3, steps=2, mode=mode)
     rolls = generate(model, ask, s)
     assert all(len(r.restorations) == 2 and [t.ids for t in r.turns] == [[30, 30, MARK]]*3 for r in rolls)
-    assert max(count(replay(r, mode, model), model.shape) for r in rolls) == clear_nb.generate._slots(model, ask, (4, 8, 8), s) - 6
+    assert max(count(replay(r, mode, model), model.shape) for r in rolls) == clear_nb.generate._slots(model, ask, [(4, 8, 8)]*2, s) - 6
 
 
 def test_too_long_for_the_cache():
@@ -313,5 +315,221 @@ def test_refusals():
     with pytest.raises(ValueError, match='unknown .pixels.; use bridge, reencode, both'): Sampling(mode='pixels')
     with pytest.raises(ValueError, match="unknown way 'pixels'"): reinject(model, torch.zeros(4, 8, 8), 'pixels')
     with pytest.raises(ValueError, match='1 oracle latents for 2 prompts'): generate(model, ask, oracle=[torch.zeros(4, 8, 8)])
-    with pytest.raises(ValueError, match='pass latent_shape or split'): generate(model, [ask[0], *asked(model, 1, h=1)])
+    with pytest.raises(ValueError, match='pass latent_shape or split'): generate(model, [ask[0], ask[1][1:]])
     with pytest.raises(ValueError, match='does not fit a 4×4 table'): generate(model, asked(model, 1, h=5))
+
+
+# ---------------------------------------------------------------- guidance and mixed sizes
+
+EDIT = Guidance(4., 2., (.5, .9), 'text_channel', .1) # off, on and off again on a grid of six points
+
+
+def uneven(model):
+    "Prompts that differ in the length of the text and in the size of the picture."
+    sizes = dict(h=2, w=2), dict(h=1, w=3), dict(h=3, w=1)
+    return [[*(c(x) for c, x in zip((Vae, Vit), picture('prompt', k, **sizes[k]))), Text(tuple(model.tokenizer.encode(QUESTIONS[k])))] for k in range(3)]
+
+
+def held(model, prompts, slots=80):
+    "A cache that holds the prompts."
+    cache = KVCache(model.mot.cfg, len(prompts), slots)
+    prefill(model, cache, prompts)
+    return cache
+
+
+def naive_velocity(model, segments, x, t, shape):
+    "One picture over one context, packed as a training row, without a cache."
+    h, w = shape[-2]//4, shape[-1]//4
+    return model.velocity(model(pack([[*segments, Vae(unpatchify(x, h, w, 4), t)]], model.shape)))
+
+
+def naive_guide(v, v_text, v_image, g):
+    "The formulas of the release, one number after the other."
+    scale = lambda u, v: min(max(float(v.norm()/(u.norm() + 1e-8)), g.renorm_min), 1.)
+    each = lambda u: torch.stack([row*scale(row, ref) for row, ref in zip(u, v)])
+    u = v_text + g.text*(v - v_text)
+    if g.renorm == 'text_channel': u = each(u)
+    w = v_image + g.image*(u - v_image) if g.image > 1 else u
+    return dict(text_channel=lambda: w, channel=lambda: each(w), **{'global': lambda: w*scale(w, v)})[g.renorm]()
+
+
+def naive_restore(model, segments, noise, g, steps, shift=3.):
+    "One row, one branch after the other, no cache: the states of denoising."
+    grid, contexts = flow.time_grid(steps, shift), [segments, *branches(segments)]
+    path = [patchify(noise, 4)]
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        v = [naive_velocity(model, c, path[-1], float(t), noise.shape) for c in contexts]
+        on = g.text > 1 and g.interval[0] < t <= g.interval[1]
+        path.append(path[-1] - (naive_guide(*v, g) if on else v[0])*(t - t_next))
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize('g', [*(replace(EDIT, renorm=r) for r in RENORMS), replace(EDIT, image=1.), replace(EDIT, text=1.), Guidance()], ids=str)
+def test_guided_restoration(g):
+    "One pass over joined caches with pictures of different size equals row by row, branch by branch, without a cache."
+    model = talker(4)
+    ask = [[Text((60, 61)), *p, Text((70 + k,), loss=True)] for k, p in enumerate(uneven(model))]
+    cache = held(model, ask)
+    z = [torch.randn(s[1].latent.shape, generator=torch_rng('g', k)) for k, s in enumerate(ask)]
+    done = restore(model, cache, z, 6, record=True, **guide_caches(model, cache, ask, g))
+    for noise, segments, d in zip(z, ask, done):
+        want = naive_restore(model, segments, noise, g, 6)
+        assert ((d.states - want).norm()/want.norm()).item() < 1e-5 and d.latent.shape == noise.shape
+    assert cache.lens.tolist() == [count(s, model.shape) for s in ask]
+
+
+def test_guidance_matters():
+    "Scale, interval, floor and each branch change the picture; a text scale of 1 does not."
+    model = talker(4)
+    ask = asked(model)
+    cache, z = held(model, ask), Noise('z').normal([0, 1], 0, (4, 8, 8))
+    run = lambda g: torch.stack([d.latent for d in restore(model, cache, z, 6, **guide_caches(model, cache, ask, g))])
+    free, base = run(None), run(EDIT)
+    assert torch.equal(run(replace(EDIT, text=1.)), free) and torch.equal(run(replace(EDIT, interval=(1., 2.))), free)
+    others = [free, *(run(replace(EDIT, **k)) for k in (dict(text=2.), dict(image=1.), dict(interval=(0., 1.)), dict(renorm='global'), dict(renorm_min=.9)))]
+    assert all((o - base).norm()/base.norm() > 1e-3 for o in others)
+
+
+def test_branches_only_while_guided(monkeypatch):
+    "Further rows are computed in guided steps alone, and the image branch only for an image scale above 1."
+    model, rows = talker(4), []
+    ask, call = asked(model), Field.__call__
+    cache, z = held(model, ask), Noise('z').normal([0, 1], 0, (4, 8, 8))
+    monkeypatch.setattr(Field, '__call__', lambda self, x, t: rows.append(self.p.layout.sample.shape[0]) or call(self, x, t))
+    for g in (EDIT, replace(EDIT, image=1.), None): restore(model, cache, z, 6, **guide_caches(model, cache, ask, g))
+    on = EDIT.at(flow.time_grid(6, 3.))
+    assert on == [False, False, True, True, False]
+    assert rows == [6 if k else 2 for k in on] + [4 if k else 2 for k in on] + [2]*5
+
+
+def test_mixed_sizes_are_rows():
+    "Pictures of different size in one batch equal each alone, with and without noise, also when a list is not needed."
+    model = talker(4)
+    ask = uneven(model)
+    z = [torch.randn(p[0].latent.shape, generator=torch_rng('m', k)) for k, p in enumerate(ask)]
+    w = [torch.randn(4, z_.numel()//64, 64, generator=torch_rng('w', k)) for k, z_ in enumerate(z)]
+    for sigma in (0., .3):
+        done = restore(model, held(model, ask), z, 5, sigma=sigma, step_noise=w if sigma else None, record=True)
+        for p, z_, w_, d in zip(ask, z, w, done):
+            one = restore(model, held(model, [p]), z_[None], 5, sigma=sigma, step_noise=w_[None] if sigma else None, record=True)[0]
+            close(d.states, one.states, 2e-5); close(d.latent, one.latent, 2e-5)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_guided_generation_is_its_rows(mode):
+    "Texts of different length and pictures of different size, two guided restorations: together and alone."
+    model = talker(7, marker=8., end=5.)
+    s = Sampling(max_new=6, temperature=1., steps=4, mode=mode, guidance=Guidance(3., 1.5, (0., 1.)), record=True)
+    ask = uneven(model)
+    rolls = generate(model, ask, s, Noise('two'), group=3)
+    assert {len(r.restorations) for r in rolls} == {0, 1, 2} and all(d.latent.shape == r.prompt[0].latent.shape for r in rolls for d in r.restorations)
+    same(rolls, [generate(model, [ask[i//3]], s, Noise('two', first=i))[0] for i in range(9)])
+    close(scored(model, rolls, mode=mode), drawn(rolls), 5e-4)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_contexts_of_a_second_restoration(mode):
+    "The first restoration lacks the question, the second only what was written after the first; the naive path agrees."
+    model = talker(7, marker=8.)
+    g = Guidance(3., 1.5, (0., 1.))
+    r = next(r for r in generate(model, asked(model), Sampling(max_new=6, temperature=1., steps=4, mode=mode, guidance=g, record=True), Noise('c'), group=8)
+             if len(r.restorations) == 2)
+    whole = replay(r, mode, model)
+    ends = [i + 1 for i, x in enumerate(whole) if isinstance(x, Text) and x.loss]
+    for n, (d, end) in enumerate(zip(r.restorations, ends)):
+        cut, texts = branches(whole[:end])
+        assert len(cut) == (2, 6)[n] and texts == [r.prompt[2]]
+        want = naive_restore(model, whole[:end], unpatchify(d.states[0], 2, 2, 4), g, 4)
+        assert ((d.states - want).norm()/want.norm()).item() < 2e-5
+
+
+def test_empty_branch():
+    "A picture from a text alone: the other context is empty."
+    model = talker(4)
+    ask, z = [[Text((60, 61))], [Text((62,))]], Noise('z').normal([0, 1], 0, (4, 8, 8))
+    cache = held(model, ask, 12)
+    more = guide_caches(model, cache, ask, Guidance())
+    assert more['no_text'].lens.tolist() == [0, 0] == more['no_text'].rope.tolist() and 'no_image' not in more
+    for noise, segments, d in zip(z, ask, restore(model, cache, z, 5, record=True, **more)):
+        want = naive_restore(model, segments, noise, Guidance(), 5)
+        assert ((d.states - want).norm()/want.norm()).item() < 1e-5
+    rolls = generate(talker(1, marker=6.), ask, Sampling(max_new=4, policy='always', steps=3, guidance=Guidance()), latent_shape=(4, 8, 4))
+    assert all(d.latent.shape == (4, 8, 4) for r in rolls for d in r.restorations)
+
+
+def test_guidance_refusals():
+    "Noise and guidance exclude each other, and a missing context is named."
+    model = talker(4)
+    cache, z = held(model, asked(model)), torch.zeros(2, 4, 8, 8)
+    with pytest.raises(ValueError, match='exclude each other'):
+        restore(model, cache, z, 3, sigma=.1, step_noise=torch.zeros(2, 2, 4, 64), guidance=Guidance(), no_text=cache)
+    with pytest.raises(ValueError, match='exclude each other'): Sampling(sigma=.1, guidance=Guidance())
+    with pytest.raises(ValueError, match="contexts .'no_text', 'no_image'."): restore(model, cache, z, 3, guidance=EDIT)
+    with pytest.raises(ValueError, match='use global, channel, text_channel'): Guidance(renorm='none')
+    Sampling(sigma=.1, guidance=Guidance(text=1.)) # off
+
+
+# ---------------------------------------------------------------- no waiting for the device
+
+def to_meta(o):
+    "The same object with tensors that hold no numbers: reading one back raises."
+    if isinstance(o, torch.Tensor): return o.to('meta')
+    if isinstance(o, (list, tuple)): return type(o)(map(to_meta, o))
+    if not hasattr(o, '__dict__') or isinstance(o, torch.nn.Module): return o
+    new = copy.copy(o)
+    vars(new).update({k: to_meta(v) for k, v in vars(o).items()})
+    return new
+
+
+@pytest.mark.parametrize('g, sigma', [(EDIT, 0.), (None, 0.), (None, .3)])
+def test_denoising_reads_nothing_back(g, sigma):
+    "A device's numbers are not needed on the host within the loop."
+    model = talker(4)
+    ask, grid = uneven(model), flow.time_grid(6, 3.)
+    cache, z = held(model, ask), [torch.zeros(p[0].latent.shape) for p in ask]
+    caches = [cache, *(v for k, v in guide_caches(model, cache, ask, g).items() if k != 'guidance')]
+    on = g.at(grid) if g else [False]*5
+    fs = clear_nb.generate._fields(model, caches, z, on)
+    model.to('meta')
+    fs = {k: to_meta(f) for k, f in fs.items()}
+    x, w = torch.cat([patchify(z_, 4) for z_ in z]).to('meta'), torch.zeros(5, 10, 64, device='meta')
+    assert len(list(clear_nb.generate._denoise(x, fs, grid, on, g, sigma, w, False))) == 5
+    with pytest.raises((RuntimeError, NotImplementedError)): float(x.sum())
+
+
+# ---------------------------------------------------------------- decoding
+
+def naive_decode(model, segments, u, temperature, top_p=1., vocab=None):
+    "A token from a whole packed pass over everything before it, without a cache."
+    ids, logp = [], []
+    for k in range(len(u)):
+        h = model(pack([[*segments, Text(tuple(ids))]], model.shape))
+        logits = model.logits(h, h.packed.text_at[-2:-1])[:, :vocab]
+        token, l = (float(t) for t in draw(logits, u[k:k + 1], temperature, top_p))
+        if token == model.shape.eos or k < len(u) - 1: ids.append(int(token)); logp.append(l)
+        if token == model.shape.eos: break
+    return ids, logp
+
+
+@pytest.mark.parametrize('temperature, top_p, vocab', [(0., 1., None), (1., 1., None), (.8, .7, None), (1., .9, 100)])
+def test_cache_against_whole_passes(temperature, top_p, vocab):
+    "Tokens and their log-probabilities from the cache, three rows of different length, equal those of whole passes."
+    model = talker(6)
+    ask, u = uneven(model), torch.rand(3, 13, generator=torch_rng('u'))
+    turns = decode(model, held(model, ask), u, temperature, top_p, vocab=vocab)
+    for p, n, t in zip(ask, u, turns):
+        ids, logp = naive_decode(model, p, n, temperature, top_p, vocab)
+        assert t.ids + [1]*t.ended == ids
+        close(torch.tensor(t.logp), torch.tensor(logp), 2e-5)
+
+
+def test_vocabulary_cut():
+    "No id from the cut on is drawn, the mass of the others sums to 1, and the end token must stay."
+    model = talker(1)
+    s = Sampling(max_new=12, temperature=2., policy='never', vocab=60)
+    rolls = generate(model, asked(model), s, Noise('cut'), group=4)
+    assert max(i for r in rolls for t in r.turns for i in t.ids) < 60
+    assert max(i for r in generate(model, asked(model), replace(s, vocab=None), Noise('cut'), group=4) for t in r.turns for i in t.ids) >= 60
+    close(scored(model, rolls, 2., banned=lambda turn: range(60, 272)), drawn(rolls))
+    with pytest.raises(ValueError, match='vocab=1 must keep the end token 1'): generate(model, asked(model), replace(s, vocab=1))
+    with pytest.raises(ValueError, match='be at most 272'): generate(model, asked(model), replace(s, vocab=273))

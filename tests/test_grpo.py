@@ -62,10 +62,10 @@ def toy(start):
 
 @pytest.fixture
 def rolled(toy):
-    """Rollouts of one step, chosen denoising steps, rewards that tell red from the rest."""
+    """Rollouts of one step, chosen denoising steps, rewards that tell red and restorations from the rest."""
     toy.rolls = rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, 0, 0)
     toy.steps = choose_steps(toy.rolls, torch_rng('steps'))
-    toy.pay = torch.tensor([float('red' in r.texts[-1]) for r in toy.rolls]).view(4, 4)
+    toy.pay = torch.tensor([float('red' in r.texts[-1]) + .5*len(r.restorations) for r in toy.rolls]).view(4, 4)
     toy.patch, toy.noise = toy.model.shape.latent_patch, Noise('grpo', 0, 0)
     toy.o = Objective.of(toy.cfg)
     toy.samples = lambda pay=toy.pay, **o: make_samples(toy.rolls, pay, toy.noise, torch_rng('steps'), replace(toy.o, **o), toy.patch)[0]
@@ -330,7 +330,7 @@ def test_clip_holds(rolled):
     samples = rolled.samples(lambda_flow=0.)
     o = replace(rolled.o, lambda_flow=0.)
     opt = optimizer(rolled.model, 3e-3)
-    for _ in range(12):
+    for _ in range(24):
         loss, logs = grpo_loss(rolled.model, samples, o)
         opt.zero_grad(); loss.backward(); opt.step()
     assert logs['text_clip'] > .1 and logs['text_ratio_max'] > 1.2
@@ -378,7 +378,7 @@ def test_flow_loss_alone_moves_the_latent(toy):
     """The reward looks at the restored latent only and no text term is used: L_Flow makes the latents earn more."""
     cfg, o, values = replace(toy.cfg, group=8, sigma=1., denoise_steps=4), Objective(lambda_flow=1., reduction='sum', epsilon=.2), []
     opt = optimizer(toy.model, 2e-3)
-    for step in range(14):
+    for step in range(20):
         rolls = rollout_batch(toy.model, toy.pool, toy.pairs, cfg, 0, step)
         pay = torch.tensor([float(r.restorations[0].latent.mean()) if r.restorations else float('nan') for r in rolls]).view(4, 8)
         values.append(float(pay.nanmean()))

@@ -22,9 +22,9 @@ def photo(w=48, h=32):
 
 
 def png_header(w, h):
-    "A PNG that claims w x h pixels and holds none."
-    ihdr = b'IHDR' + struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + ihdr + struct.pack('>I', zlib.crc32(ihdr))
+    "A PNG that claims w x h pixels and holds a handful."
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(64))) + chunk(b'IEND', b'')
 
 
 @pytest.mark.parametrize('name', RULES)
@@ -134,7 +134,8 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     frames[0].save(tmp_path/f'a.{suffix}', save_all=True, append_images=frames[1:])
     img = Image.open(tmp_path/f'a.{suffix}'); img.seek(1)
     for src in (tmp_path/f'a.{suffix}', img):
-        r, g, b = np.asarray(open_image(src)).reshape(-1, 3)[0].astype(int)
+        with pytest.warns(UserWarning, match=rf'a.{suffix} has 2 frames; only the first is used'): opened = open_image(src)
+        r, g, b = np.asarray(opened).reshape(-1, 3)[0].astype(int)
         assert r > 200 and b < 60
     assert img.tell() == 1
 
@@ -165,13 +166,68 @@ def test_wrong_arrays_are_refused(shape, dtype):
     with pytest.raises(ValueError, match='open_image'): open_image(np.zeros(shape, dtype))
 
 
-@pytest.mark.parametrize('side', [15_000, 2_000_000, 2**31 - 1])
+@pytest.mark.parametrize('side', [10_001, 15_000, 20_000, 2_000_000, 2**31 - 1])
 @pytest.mark.filterwarnings('ignore')
 def test_absurd_sizes_are_refused_before_decoding(tmp_path, side):
     "A header that claims gigapixels raises at once."
     assert side**2 > MAX_PIXELS
     (tmp_path/'bomb.png').write_bytes(png_header(side, side))
-    with pytest.raises(ValueError, match='bomb.png'): open_image(tmp_path/'bomb.png')
+    with pytest.raises(ValueError, match=r'bomb.png.* pixels.*shrink it first'): open_image(tmp_path/'bomb.png')
+
+
+@pytest.mark.parametrize('suffix', ['png', 'gif', 'tiff', 'bmp', 'jpg'])
+@pytest.mark.filterwarnings('ignore')
+def test_twenty_thousand_pixels_are_not_decoded(tmp_path, suffix, monkeypatch):
+    "A small file whose header says 20,000 x 20,000, in formats that can say it, is refused before a pixel is decoded."
+    f = tmp_path/f'a.{suffix}'
+    photo(16, 16).save(f)
+    data = bytearray(f.read_bytes())
+    if suffix == 'png': data = bytearray(png_header(20_000, 20_000))
+    elif suffix == 'gif': data[6:10] = struct.pack('<HH', 20_000, 20_000)
+    elif suffix == 'bmp': data[18:26] = struct.pack('<ii', 20_000, 20_000)
+    elif suffix == 'tiff': data = tiff_header(20_000)
+    else: at = data.index(b'\xff\xc0'); data[at + 5:at + 9] = struct.pack('>HH', 20_000, 20_000)
+    f.write_bytes(data)
+    monkeypatch.setattr(Image.Image, 'copy', lambda self: pytest.fail('decoded'))
+    with pytest.raises(ValueError, match=rf'a.{suffix}.*100,000,000.*shrink it first'): open_image(f)
+
+
+def tiff_header(side):
+    "A grey TIFF that claims side x side pixels in one strip."
+    tags = [(256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, side), (279, 4, side*side)]
+    return b'II*\0' + struct.pack('<I', 8) + struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', t, k, 1, v) for t, k, v in tags) + bytes(4)
+
+
+def test_one_pixel(tmp_path):
+    "A single pixel fills the smallest picture with its colour."
+    Image.new('RGB', (1, 1), (10, 200, 30)).save(tmp_path/'a.png')
+    img = open_image(tmp_path/'a.png')
+    for rule, size in ((VAE_RULE, (512, 512)), (VIT_TRAIN_RULE, (224, 224)), (ResizeRule(64, 64, 16), (64, 64))):
+        out = resize(img, rule)
+        assert out.size == size and np.unique(np.asarray(out).reshape(-1, 3), axis=0).tolist() == [[10, 200, 30]]
+
+
+@pytest.mark.parametrize('w, h', [(1, 20_000), (20_000, 1), (3, 5000)])
+def test_strips(w, h):
+    "A strip keeps its long side within the cap and its short side at one stride at least."
+    for rule in RULES.values():
+        a, b = resize(Image.new('RGB', (w, h)), rule).size
+        assert max(a, b) <= -(-rule.max_side//rule.stride)*rule.stride and min(a, b) >= rule.stride and (a < b) == (w < h)
+
+
+def test_16_bit_colour(tmp_path):
+    "A 16-bit RGB PNG keeps its range."
+    import cv2
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    cv2.imwrite(str(tmp_path/'a.png'), np.stack([ramp, ramp//2, 0*ramp], -1)) # BGR
+    opened = np.asarray(open_image(tmp_path/'a.png')).astype(int)
+    assert np.abs(opened[..., 2] - ramp/257).max() <= 1 and np.abs(opened[..., 1] - ramp/514).max() <= 1 and not opened[..., 0].any()
+
+
+def test_a_still_picture_warns_of_nothing(recwarn, tmp_path):
+    photo().save(tmp_path/'a.gif')
+    open_image(tmp_path/'a.gif')
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'gif', 'bmp', 'webp', 'tiff', 'ppm', 'tga', 'ico'])

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from clear_nb.core import rng, torch_rng
+from clear_nb.core import load_preset, rng, torch_rng
 from clear_nb.generate import prefill
-from clear_nb.model import ClearConfig, ClearModel, cache_layout, freeze, init_weights, load_bagel
+from clear_nb.model import ClearConfig, ClearModel, cache_layout, freeze, init_weights, meta_model
 from clear_nb.mot import CAUSAL, FULL, NOISE, KVCache, visible, visible_naive
 from clear_nb.trajectory import TAGS, Gap, Text, Vae, Vit, drop_conditions, pack
-from clear_nb.vae import VaeConfig
+from clear_nb.vae import VaeConfig, diffusers_to_flux
 from clear_nb.vit import VitConfig
 
 GOLDEN = Path(__file__).parent/'golden'/'bagel'
@@ -185,14 +185,16 @@ def test_nothing_to_pack(model):
 
 # ---------------------------------------------------------------- files
 
-def test_bagel_names():
-    "All 1223 names and shapes of BAGEL-7B-MoT, on the meta device."
-    expected = json.loads((GOLDEN/'bagel7b_key_shapes.json').read_text())['model']
-    llm = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6)
-    with torch.device('meta'): model = ClearModel(ClearConfig(llm, VitConfig(), VaeConfig()))
+@pytest.mark.parametrize('preset', ['paper', 'official'])
+def test_bagel_names(preset):
+    "All 1223 names and shapes of BAGEL-7B-MoT and the 244 of its VAE, on the meta device."
+    golden = json.loads((GOLDEN/'bagel7b_key_shapes.json').read_text())
+    model = meta_model(ClearConfig.from_dict(load_preset(preset).model))
     found = {k: list(v.shape) for k, v in model.state_dict().items() if not k.startswith('vae.')}
-    assert found == expected and len(found) == 1223 and sum(torch.Size(s).numel() for s in found.values()) == 14_607_260_128
+    vae = {k: list(v.shape) for k, v in diffusers_to_flux(model.vae.net.state_dict()).items()}
+    assert found == golden['model'] and len(found) == 1223 and sum(torch.Size(s).numel() for s in found.values()) == 14_607_260_128
+    assert vae == golden['ae'] and len(vae) == 244 and sum(torch.Size(s).numel() for s in vae.values()) == 83_819_683
+    assert model.cfg == ClearConfig(model.cfg.llm, VitConfig(), VaeConfig(), text_ids=151665) # the defaults are BAGEL's
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
@@ -236,7 +238,7 @@ def test_wrong_configurations_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='config.json is missing'): ClearModel.from_pretrained(tmp_path/'none')
     with pytest.raises(FileNotFoundError, match='ema.safetensors, ae.safetensors, tokenizer.json missing'):
         for k in ('llm', 'vit'): (tmp_path/f'{k}_config.json').write_text('{}')
-        load_bagel(tmp_path)
+        ClearModel.from_pretrained(tmp_path)
 
 
 def test_an_interrupted_save_leaves_nothing(tmp_path):
@@ -257,9 +259,9 @@ def test_load_bagel(tmp_path):
     tok.save(str(tmp_path/'tokenizer.json'))
     for old, new in (('model', 'ema'), ('ae', 'ae')): save_file(load_file(GOLDEN/f'{old}.safetensors'), tmp_path/f'{new}.safetensors')
     vae = VaeConfig(ch=a['ch'], ch_mult=tuple(a['ch_mult']), blocks=a['num_res_blocks'], z=a['z_channels'])
-    model = load_bagel(tmp_path, dtype=torch.float32, vae=vae, latent_side=8)
-    assert (model.shape.bos, model.shape.eoi, model.cfg.vit.layers) == (290, 293, 2)
+    model = ClearModel.from_pretrained(tmp_path, dtype=torch.float32, vae=vae, latent_side=8)
+    assert (model.shape.bos, model.shape.eoi, model.cfg.vit.layers, model.cfg.text_ids) == (290, 293, 2, 294)
     golden = load_file(GOLDEN/'model.safetensors')
     for k, t in model.state_dict().items():
         if not k.startswith('vae.'): close(t, golden[k], 1e-7)
-    assert load_bagel(tmp_path, vae=vae, latent_side=8).mot.norm.weight.dtype == torch.bfloat16
+    assert ClearModel.from_pretrained(tmp_path, vae=vae, latent_side=8).mot.norm.weight.dtype == torch.bfloat16

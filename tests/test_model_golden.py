@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from clear_nb import flow
-from clear_nb.generate import KVCache, decode, decode_pixels, prefill, restore
+from clear_nb.flow import Guidance
+from clear_nb.generate import KVCache, branches, decode, guide_caches, prefill, restore
 from clear_nb.images import to_uint8
 from clear_nb.model import ClearConfig, ClearModel
 from clear_nb.mot import CAUSAL, FULL, NOISE, visible, visible_naive
@@ -249,3 +250,84 @@ def test_plain_image(model, context):
     close(pixels, out['image.plain.decoded'], 'pixels')
     diff = np.abs(to_uint8(pixels[0]).astype(int) - out['image.plain.uint8_hwc'].numpy().astype(int))
     assert diff.max() <= 1 and (diff > 0).mean() < .01
+
+def run_of(name):
+    "Guidance, grid points and shift of a golden image run"
+    m = read('infer_meta')['image_runs'][name]
+    g = Guidance(m['cfg_text_scale'], m['cfg_img_scale'], tuple(m.get('cfg_interval', (0., 1.))), m.get('cfg_renorm_type', 'global'), m.get('cfg_renorm_min', 0.))
+    return g, m['num_timesteps'], m['timestep_shift']
+
+def golden_segments(model, context):
+    x, out, z = context
+    first, second = (Text(tuple(ids)) for ids in texts_of(model, out))
+    return [first, Vae(z), Vit(x['vit_image']), second]
+
+def fresh(model, pieces, slots=60):
+    "A cache of one row that holds the pieces"
+    cache = KVCache(model.mot.cfg, 1, slots, dtype=model.cache_dtype)
+    prefill(model, cache, [pieces])
+    return cache
+
+def draw_image(model, context, name):
+    "Latent tokens and velocities of a golden image run"
+    (g, steps, shift), segments = run_of(name), golden_segments(model, context)
+    cache, (h, w) = fresh(model, segments), (n//4 for n in read('infer_meta')['image_shape_hw'])
+    noise = unpatchify(context[0]['packed_init_noises'], h, w, 2)
+    d = restore(model, cache, noise[None], steps, shift, record=True, **guide_caches(model, cache, [segments], g))[0]
+    return d.states[-1], (d.states[:-1] - d.states[1:]) / (d.times[:-1] - d.times[1:])[:, None, None]
+
+CFG = ('cfg_global', 'cfg_channel', 'cfg_text_channel')
+
+@pytest.mark.parametrize('name', ('plain', *CFG))
+def test_guided_image(model, context, name):
+    "Every velocity and the latent, with the three renormalisations and without guidance"
+    latent, v = draw_image(model, context, name)
+    close(latent, context[1][f'image.{name}.latent'], 'latent'); close(v, context[1][f'image.{name}.v'], 'velocities')
+
+def test_guidance_contexts(model, context):
+    "Lengths and rotary positions of the two further contexts; in the prompt they are its beginning and its texts"
+    meta, segments = read('infer_meta'), golden_segments(model, context)
+    assert branches(segments) == (segments[:3], [segments[0], segments[3]])
+    more = guide_caches(model, fresh(model, segments), [segments], Guidance(4., 2.))
+    for kind, cache in (('cfg_text', more['no_text']), ('cfg_img', more['no_image'])):
+        assert cache.lens.tolist() == meta['kv_lens'][kind] and cache.rope.tolist() == meta['ropes'][kind]
+
+def test_batch_of_two(model):
+    "Two prompts of different length in one batch: greedy tokens, and the logits of every step"
+    meta, want = read('infer_meta'), load_file(GOLDEN/'infer_outputs.safetensors')['batch2_logits']
+    ask = [[Text(tuple(map(int, p.split())))] for p in meta['batch2_prompts']]
+    cache, again = (KVCache(model.mot.cfg, 2, 20) for _ in range(2))
+    for c in (cache, again): prefill(model, c, ask)
+    turns, steps = decode(model, cache, torch.zeros(2, 6)), torch.tensor(meta['batch2_tokens_step_by_sample'])
+    assert [t.ids for t in turns] == torch.cat([steps[1:], want[-1:].argmax(-1)]).T.tolist()
+    p = pack([[Text(tuple(ids))] for ids in steps[1:].T.tolist()], model.shape, rope0=again.rope)
+    with torch.no_grad(): logits = model.logits(model(p, again), p.text_at).view(2, -1, 300)[:, :5]
+    close(logits.transpose(0, 1), want, 'logits of the batch')
+
+# ---------------------------------------------------------------- bf16
+
+def test_bf16_text(model, context):
+    "Keys and logits under autocast stay as near to fp32 as the published casts do; tokens agree where they are not a near tie"
+    out, spread, cast = context[1], read('bf16_vs_fp32'), load_file(GOLDEN/'infer_bf16_outputs.safetensors')
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        cache = fresh(model, golden_segments(model, context))
+        assert cache.k[0].dtype == torch.bfloat16
+        key = cached(cache, 33, 1, 'key').float()
+        p = pack([[Text(tuple(read('infer_meta')['greedy_tokens'][1:]))]], model.shape, rope0=cache.rope)
+        logits = model.logits(model(p, cache), p.text_at[:8])
+    for name, got, want in (('after_text1.key.1', key, out['after_text1.key.1']), ('greedy_logits', logits, out['greedy_logits'])):
+        assert 1e-4 < (got - want).abs().max() <= spread[name]['max_abs_diff']
+    top = out['greedy_logits'].topk(2).values
+    clear = top[:, 0] - top[:, 1] > 2*spread['greedy_logits']['max_abs_diff']
+    assert clear.sum() >= 4 and torch.equal(logits.argmax(-1)[clear], cast['greedy_logits'].argmax(-1)[clear])
+
+@pytest.mark.parametrize('name', ('plain', *CFG))
+def test_bf16_image(model, context, name):
+    "Latents and velocities under autocast, with and without guidance"
+    out, cast = context[1], load_file(GOLDEN/'infer_bf16_outputs.safetensors')
+    with torch.autocast('cpu', torch.bfloat16): latent, v = draw_image(model, context, name)
+    for kind, got in (('latent', latent), ('v', v)):
+        want = out[f'image.{name}.{kind}']
+        spread = (cast[f'image.{name}.{kind}'] - want).abs().max()
+        if (name, kind) == ('plain', 'latent'): assert abs(spread - read('bf16_vs_fp32')['image.plain.latent']['max_abs_diff']) < 1e-6
+        assert 1e-4 < (got - want).abs().max() <= spread

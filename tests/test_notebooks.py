@@ -16,7 +16,7 @@ def item(path):
     return pytest.param(path, id=name, marks=[] if name.startswith('lib/') else pytest.mark.xdist_group('pipeline'))
 
 
-@pytest.mark.parametrize('path', map(item, NOTEBOOKS))
+@pytest.mark.parametrize('path', [item(p) for p in NOTEBOOKS])
 def test_notebook(path):
     """nbdev_test executes the notebook's cells with their defaults, which are the smoke values."""
     command = [str(Path(sys.executable).with_name('nbdev_test')), '--path', str(path), '--n_workers', '0']

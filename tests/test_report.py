@@ -118,27 +118,29 @@ def test_seeds():
 
 
 def test_table1(frame):
-    """The paper's row stands above ours; our controls have none; unknown columns are marked."""
-    t = table1(frame, scale='test')
-    assert t.scale.tolist().count('paper, 7B') == 4 and t.scale.tolist().count('ours, test') == len(LABELS)
-    bagel, base = t.iloc[0], t.iloc[1]
-    assert (bagel.method, bagel.MMBench, bagel.mine) == ('Bagel', 67.88, 'not reported')
-    assert base.AVG.mean == pytest.approx((base.MMBench.mean+base.MMVP.mean+base.mine.mean)/3) and base.AVG.n == 300
+    """The paper's number stands in the next column; our controls have none; unknown columns are marked."""
+    t = table1(frame, scale='test').set_index('method')
+    assert t.index.tolist() == list(LABELS.values()) and list(t)[:2] == ['MMBench (ours, test)', 'MMBench (paper, 7B)']
+    base, matched = t.loc['base model'], t.loc[LABELS['matched']]
+    assert (base['MMBench (paper, 7B)'], base['mine (paper, 7B)'], matched['MMBench (paper, 7B)']) == (67.88, 'not reported', 'not reported')
+    ours = [base[f'{b} (ours, test)'].mean for b in ('MMBench', 'MMVP', 'mine')]
+    assert base['AVG (ours, test)'].mean == pytest.approx(sum(ours)/3) and base['AVG (ours, test)'].n == 300
+    assert str(base['AVG (ours, test)']).endswith('n=300')
 
 
 def test_table1_mirrors(frame):
-    """A benchmark of ours that mirrors one of the paper's shows the paper's number."""
-    t = table1(frame, mirrors={'mine': 'CV-Bench'})
-    assert t.mine[0] == paper_table(1).set_index('method').loc['Bagel', 'CV-Bench']
+    """A benchmark of ours that mirrors one of the paper's shows the paper's number under the paper's name."""
+    t = table1(frame, titles={'mine': 'My set'}, mirrors={'My set': 'CV-Bench'}, scale='x')
+    assert t['CV-Bench (paper, 7B)'][0] == paper_table(1).set_index('method').loc['Bagel', 'CV-Bench'] and t['My set (ours, x)'][0].n == 100
 
 
 def test_table1_with_a_gap(records):
     """A model that misses a benchmark has no average: it would be one over other sets."""
     part = copy.deepcopy(records)
     del part[0]['metrics']['scores']['base']['mine']
-    base = table1(scores_frame(part)).iloc[1]
+    base = table1(scores_frame(part), scale='x').iloc[0]
     assert str(table2(scores_frame(part), scale='x')['drop (ours, x)'][0]) == 'unknown'
-    assert str(base.mine) == str(base.AVG) == 'unknown' and base.MMVP.n == 100
+    assert str(base['mine (ours, x)']) == str(base['AVG (ours, x)']) == 'unknown' and base['MMVP (ours, x)'].n == 100
 
 
 def test_table2(frame):
@@ -164,11 +166,11 @@ def test_table2_without_clean():
 
 
 def test_figure5(frame):
-    """Rates in the order of severity, on the left ours, on the right the paper's."""
+    """Rates in the order of severity, first ours with intervals, last the paper's."""
     assert trigger_rates(frame).columns.tolist() == list(SEVERITIES)
-    left, right = figure5(frame, scale='x').axes
-    assert len(left.lines) == 3 and len(right.lines) == 6
-    assert [t.get_text() for t in left.get_legend().get_texts()] == ['MMBench', 'MMVP', 'mine']
+    sft, rl, paper = figure5(frame, scale='x', titles={'mine': 'My set'}).axes
+    assert len(sft.containers) == len(rl.containers) == 3*4 and len(paper.lines) == 6 and not paper.containers
+    assert [t.get_text() for t in rl.get_legend().get_texts()] == ['MMBench', 'MMVP', 'My set']
     plt.close('all')
 
 

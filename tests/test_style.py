@@ -16,7 +16,7 @@ MAY_IMPORT = {
     'vit': ['core'], 'mot': ['core'], 'trajectory': ['core', 'vae', 'vit', 'mot'], 'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
     'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['train', 'data', 'reward'],
     'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'grpo': ['train', 'generate', 'reward', 'data'],
-    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core']}
+    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core']}
 
 
 def cells(path):
