@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from clear_nb.core import torch_rng
 from clear_nb.flow import Guidance
-from clear_nb.generate import decode, guide_caches, prefill, restore
+from clear_nb.generate import Ids, decode, guide_caches, prefill, restore
 from clear_nb.model import ClearConfig, ClearModel, init_weights
 from clear_nb.mot import KVCache
 from clear_nb.trajectory import Text, Vae, pack
@@ -19,13 +19,17 @@ from clear_nb.vit import VitConfig
 # hidden, intermediate, layers, heads, key heads, vocabulary, side of a picture in tokens
 SHAPES = {'tiny': (192, 512, 6, 6, 2, 1024, 4), '100m': (640, 1728, 10, 10, 2, 8192, 8)}
 
-def build(name, device='cpu'):
-    "A model of the shape with random weights"
+def small_config(name):
+    "Configuration of a shape, with small encoders"
     D, inner, layers, heads, kv, vocab, side = SHAPES[name]
     llm = dict(vocab_size=vocab, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
                num_key_value_heads=kv, max_position_embeddings=4096, rope_theta=1e6)
-    cfg = ClearConfig(llm, VitConfig(64, 1, 2, 128, patch=8, side=16), VaeConfig(ch=8, ch_mult=(1, 2), blocks=1, z=16, groups=4),
-                      latent_patch=2, latent_side=16, bos=0, eos=1, soi=2, eoi=3)
+    return ClearConfig(llm, VitConfig(64, 1, 2, 128, patch=8, side=16), VaeConfig(ch=8, ch_mult=(1, 2), blocks=1, z=16, groups=4),
+                       latent_patch=2, latent_side=16, bos=0, eos=1, soi=2, eoi=3)
+
+def build(name, device='cpu'):
+    "A model of the shape with random weights"
+    cfg, D, side = small_config(name), SHAPES[name][0], SHAPES[name][-1]
     model = init_weights(ClearModel(cfg), torch_rng('benchmark')).eval().requires_grad_(False).to(device)
     torch.nn.init.normal_(model.llm2vae.weight, std=D**-.5)
     return model, torch.zeros(16, 2*side, 2*side)
@@ -51,12 +55,17 @@ def ratio(times, a, b, scale=1.):
     each = [scale*x/y for x, y in zip(times[a], times[b])]
     return dict(median=statistics.median(each), min=min(each), max=max(each))
 
-def speaking(model, prompts, n):
+def held(model, prompts, room):
+    "A cache that holds the prompts"
+    cache = KVCache(model.mot.cfg, len(prompts), max(len(p[0].ids) for p in prompts) + room, model.device)
+    prefill(model, cache, prompts)
+    return cache
+
+def speaking(model, prompts, n, cache=None):
     "A job: context prefilled beforehand, then n tokens per row; the end token is banned"
     def make():
-        cache = KVCache(model.mot.cfg, len(prompts), max(len(p[0].ids) for p in prompts) + n + 4, model.device)
-        prefill(model, cache, prompts)
-        return lambda: decode(model, cache, torch.zeros(len(prompts), n + 1), banned=[(model.shape.eos,)])
+        full = cache or held(model, prompts, n + 4)
+        return lambda: decode(model, full, torch.zeros(full.rows, n + 1), banned=[Ids((model.shape.eos,))])
     return make
 
 @torch.no_grad()
@@ -121,7 +130,7 @@ def measure(name, a):
     say(name, f'{a.steps} grid points, batch 8, two branches / none, all steps', out['guidance']['always'])
     return out
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--shapes', nargs='+', default=list(SHAPES), choices=list(SHAPES))
     p.add_argument('--device', default='cpu')
@@ -132,9 +141,10 @@ def main():
     p.add_argument('--steps', type=int, default=30, help='grid points of denoising')
     p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--out', type=Path, help='JSON file for the numbers; without it nothing is written')
-    a = p.parse_args()
+    a = p.parse_args(argv)
     if a.device == 'cpu': torch.set_num_threads(1)
     out = {name: measure(name, a) for name in a.shapes}
     if a.out: a.out.write_text(json.dumps(out, indent=1))
+    return out
 
 if __name__ == '__main__': main()

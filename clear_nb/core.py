@@ -248,7 +248,9 @@ def find_stage(preset:str, seed:int, stage:str)->Path:
     own, shipped = stage_folder(preset, seed, stage), PATHS.checkpoints/preset/stage
     for folder in (own, shipped):
         if folder.is_dir(): return folder
-    raise FileNotFoundError(f'no checkpoint of {stage!r} for preset {preset!r}, seed {seed}: run notebook {STAGE_MADE_BY[stage]} first (looked in {own} and {shipped})')
+    published = stage == 'base' and preset in preset_names() and load_preset(preset).base.steps == 0 # no notebook makes it
+    how = f'put the folder of ByteDance-Seed/BAGEL-7B-MoT, or a link to it, at {shipped}' if published else f'run notebook {STAGE_MADE_BY[stage]} first'
+    raise FileNotFoundError(f'no checkpoint of {stage!r} for preset {preset!r}, seed {seed}: {how} (looked in {own} and {shipped})')
 
 # %% ../nbs/lib/00_core.ipynb #52ef0d34
 def file_hash(path # file or folder

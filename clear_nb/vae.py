@@ -7,11 +7,12 @@ __all__ = ['VaeConfig', 'Vae', 'kl_to_normal', 'fit_scale', 'patchify', 'unpatch
            'check_state']
 
 # %% ../nbs/lib/12_vae.ipynb #a71c5507
-import re
+import logging, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # diffusers imports it, and it warns of a kernel that is not used here
 from diffusers import AutoencoderKL
 from einops import rearrange
 from fastcore.basics import patch

@@ -219,6 +219,7 @@ def test_find_stage(tmp_path, monkeypatch):
     (tmp_path/'runs'/'tiny'/'seed0'/'sft').mkdir()
     assert find_stage('tiny', 0, 'sft') == tmp_path/'runs'/'tiny'/'seed0'/'sft'
     with pytest.raises(ValueError, match='sft'): find_stage('tiny', 0, 'stf')
+    with pytest.raises(FileNotFoundError, match='put the folder of ByteDance-Seed/BAGEL-7B-MoT, or a link to it, at .*shipped/paper/base'): find_stage('paper', 0, 'base')
 
 
 def test_clock_stops():

@@ -4,15 +4,17 @@ import itertools
 from dataclasses import replace
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 import clear_nb.generate
 from clear_nb import flow
 from clear_nb.core import torch_rng
 from clear_nb.flow import RENORMS, Guidance
-from clear_nb.generate import MODES, Field, Noise, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore
+from clear_nb.generate import MODES, Field, Ids, Noise, Phrase, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore
 from clear_nb.mot import KVCache
 from clear_nb.trajectory import Gap, Text, Vae, Vit, pack
 from clear_nb.vae import patchify, unpatchify
-from test_model import byte_tokenizer, close, picture, tiny_model
+from test_model import CONTROL, byte_tokenizer, close, picture, tiny_model
 
 MARK, ANSWER = 264, 262 # whole tokens of the test tokenizer
 QUESTIONS = ('what color is it?', 'how many?', 'is there a dog in the picture?')
@@ -211,7 +213,7 @@ def test_decode_leaves_the_text(how):
     cache, free = fresh(), fresh()
     prefill(model, cache, ask); prefill(model, free, ask)
     first = decode(model, free, u, 1.)[0].ids
-    turns = decode(model, cache, u, 1., stop=[first[2:5]] if how == 'stop' else ())
+    turns = decode(model, cache, u, 1., stop=[Ids(first[2:5])] if how == 'stop' else ())
     if how == 'stop': assert turns[0].ids == first[:5] and len(turns[0].logp) == 5 and not turns[0].ended
     if how == 'limit': assert [len(t.ids) for t in turns] == [20, 20]
     if how == 'end': assert any(t.ended and len(t.logp) == len(t.ids) + 1 for t in turns)
@@ -243,10 +245,59 @@ def test_bans():
     for seq in (free[:1], free[3:5], free[5:9]):
         cache = KVCache(model.mot.cfg, 2, 60)
         prefill(model, cache, asked(model))
-        ids = decode(model, cache, u, banned=[seq])[0].ids
+        ids = decode(model, cache, u, banned=[Ids(tuple(seq))])[0].ids
         at = next(i for i in range(len(free)) if free[i:i + len(seq)] == list(seq)) + len(seq) - 1
         assert ids[:at] == free[:at] and ids[at] != free[at]
         assert not any(ids[i:i + len(seq)] == list(seq) for i in range(len(ids)))
+
+
+def fused_tokenizer():
+    "Like Qwen's: the tags are ordinary text, and `><` and `re` are tokens of their own."
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(CONTROL + signs + ['><', 're'])}, [('>', '<'), ('r', 'e')]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(CONTROL)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False)
+
+
+def saying(monkeypatch, *texts):
+    "Rows that draw the ids of these texts in turn, where the policy allows."
+    queue = [list(t) for t in texts]
+    def next_ids(logits, *_):
+        ids = torch.tensor([q.pop(0) if q and logits[i, q[0]] > -torch.inf else 1 for i, q in enumerate(queue)])
+        return ids, -torch.ones(len(ids))
+    monkeypatch.setattr(clear_nb.generate, 'draw', next_ids)
+
+
+def test_fused_marker(monkeypatch):
+    "The marker is found when its first sign hangs on the token before it, and `never` forbids every token that would end it."
+    tok = fused_tokenizer()
+    text = tok.encode('<think>a</think><image_restore>')
+    assert tok.convert_tokens_to_ids('><') in text and tok.convert_tokens_to_ids('re') in text and text[-1] == tok.convert_tokens_to_ids('>')
+    model, ask = talker(1, tokenizer=tok), asked(talker(1))[:1]
+    saying(monkeypatch, text)
+    [r] = generate(model, ask, Sampling(max_new=30, max_restores=1, steps=2))
+    assert r.turns[0].ids == text and len(r.restorations) == 1 and len(r.turns) == 2
+    for ending in ('>', '><'):
+        saying(monkeypatch, [*text[:-1], tok.convert_tokens_to_ids(ending)])
+        [r] = generate(model, ask, Sampling(max_new=30, steps=2, policy='never'))
+        assert r.turns[0].ids == text[:-1] and r.turns[0].ended and not r.restorations
+
+
+def test_phrases_against_search():
+    "Random tokens: a phrase is said exactly when the joined text first holds it behind the last id, and `last` lists exactly the ids that do that."
+    tok = fused_tokenizer()
+    pieces = {i: p for p, i in tok.get_vocab().items()}
+    phrase, some, g = Phrase(tok, '>re>'), [i for i, p in pieces.items() if p in ('>', '<', '><', 're', 'e', 'r')], torch_rng('phrases')
+    said = 0
+    for _ in range(300):
+        ids = [some[k] for k in torch.randint(len(some), (8,), generator=g)]
+        for n in range(len(ids)):
+            before, after = (''.join(pieces[i] for i in ids[:k]) for k in (n, n + 1))
+            new = any(after.startswith('>re>', k) and k + 4 > len(before) for k in range(len(after)))
+            assert phrase.said(ids[:n + 1]) == new == (ids[n] in phrase.last(ids[:n]))
+            said += new
+    assert said > 10
 
 
 def test_draw_needs_mass():

@@ -131,6 +131,62 @@ def test_answer_sees_the_clean_latent(model):
     assert torch.equal(a[:4], b[:4]) and (a[4:] - b[4:]).abs().max() > .01
 
 
+# ---------------------------------------------------------------- other kernels
+
+@pytest.fixture
+def flex(model):
+    "The model with flex attention."
+    model.mot.attention = 'flex'
+    yield model
+    model.mot.attention = 'auto'
+
+
+def as_sdpa(model, f):
+    "The same with a dense mask."
+    model.mot.attention = 'sdpa'
+    try: return f()
+    finally: model.mot.attention = 'flex'
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@torch.no_grad()
+def test_flex_attention(flex):
+    "Several samples in a row, padding, branches and noised latents: the block mask hides what the dense mask hides."
+    samples = [[*story(0), Text((44, 45), loss=True, branch=1), Text((46,), loss=True, branch=2)], story(1, n=9), story(2, n=1)]
+    for rows in (None, [[0, 1], [2]]):
+        for a, b in zip(outputs(flex, samples, rows), as_sdpa(flex, lambda: outputs(flex, samples, rows))): close(a, b, 1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@torch.no_grad()
+def test_flex_attention_behind_a_cache(flex):
+    "Rows of different length, continued: free slots stay hidden."
+    def held():
+        cache = KVCache(flex.mot.cfg, 2, 60)
+        return [prefill(flex, cache, [s[:k] for s in (story(0), story(1, n=9))]).x for k in (1, 3, 2)]
+    for a, b in zip(held(), as_sdpa(flex, held)): close(a, b, 1e-5)
+
+
+def test_unknown_attention(model):
+    model.mot.attention = 'fast'
+    try:
+        with pytest.raises(ValueError, match="unknown attention 'fast'; use auto, sdpa, flex"): outputs(model, [story()])
+    finally: model.mot.attention = 'auto'
+
+
+def test_compiled_layers():
+    "Outputs and gradients of compiled layers, for batches of two sizes, are those of the layers as written."
+    plain, quick = (freeze(tiny_model(0), 'vae.', 'vit_model.') for _ in range(2))
+    quick.mot.compile_layers(backend='aot_eager')
+    for samples in ([story()], [story(1, n=9), story(2, n=1)]):
+        for m in (plain, quick): sum(o.square().sum() for o in outputs(m, samples)).backward()
+        with torch.no_grad():
+            for a, b in zip(outputs(plain, samples), outputs(quick, samples)): close(a, b, 1e-5)
+    grads = [[p.grad for n, p in m.named_parameters() if p.requires_grad] for m in (plain, quick)]
+    assert sum(g is not None for g in grads[0]) > 60
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- layout
 
 DROPS = [dict(zip(('text', 'vit', 'vae'), [float(b) for b in f'{k:03b}'])) for k in range(8)]

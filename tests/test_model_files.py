@@ -270,7 +270,7 @@ def test_bf16_follows_the_official_code(halves):
     z = restore(half, caches[1], unpatchify(x['packed_init_noises'], h//2, w//2, 2)[None], steps=4, shift=3.)[0].latent
     gap['image.plain.latent'] = patchify(z, 2) - out['image.plain.latent']
     gap = {k: float(v.abs().max()) for k, v in gap.items()}
-    assert all(0 < gap[k] < 1.5*bound[k] for k in bound)
+    assert all(0 < gap[k] <= bound[k] for k in bound)
     chosen = logits.gather(1, torch.tensor(meta['greedy_argmax_per_step'])[:, None])[:, 0]
     assert (logits.amax(1) - chosen).max() <= bound['greedy_logits'] # the smallest margin of this run is 0.016
 
