@@ -194,6 +194,7 @@ def table2(frame:pd.DataFrame, # from `scores_frame`
 CLAIMS = [ # claim, what is counted, (model, severity) and what it is compared with
     ('corruption costs the base model accuracy', 'correct', ('base', 'clean'), ('base', 'hard')),
     ('CLEAR beats the base model', 'correct', ('clear_rl', 'hard'), ('base', 'hard')),
+    ('CLEAR beats the base model with the same inputs', 'correct', ('clear_rl', 'hard'), ('base_both', 'hard')),
     ('CLEAR beats text-only CoT', 'correct', ('clear_rl', 'hard'), ('text_cot', 'hard')),
     ('CLEAR beats text-only CoT with the same inputs', 'correct', ('clear_rl', 'hard'), ('matched', 'hard')),
     ('restoring beats never restoring', 'correct', ('always', 'hard'), ('never', 'hard')),
