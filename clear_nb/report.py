@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MODELS', 'LABELS', 'CLAIMS', 'Estimate', 'bootstrap_average', 'bootstrap_mean', 'paired_difference',
-           'scores_frame', 'outcomes', 'seed_spread', 'table1', 'table2', 'compare', 'verdict', 'findings',
+           'scores_frame', 'outcomes', 'seed_spread', 'table1', 'table2', 'table10', 'compare', 'verdict', 'findings',
            'trigger_rates', 'figure5', 'to_markdown', 'save_table', 'save_figure']
 
 # %% ../nbs/lib/40_report.ipynb #dfd65832
@@ -188,6 +188,32 @@ def table2(frame:pd.DataFrame, # from `scores_frame`
     rows = []
     for m in _models(frame):
         rows.append({'method': LABELS.get(m, m), **_beside(_clean_hard_drop(frame, m, both), paper, MODELS.get(m), scale)})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/lib/40_report.ipynb #f583a536
+def _members(paper:pd.DataFrame, row:Mapping)->list: # corruptions that a row of Table 10 averages over
+    single = paper[~paper.corruption.isin(['category avg', 'overall'])]
+    if row['corruption'] == 'overall': return list(single.corruption)
+    return list(single[single.category == row['category']].corruption) if row['corruption'] == 'category avg' else [row['corruption']]
+
+def _paired(base:Mapping, clear:Mapping, names:list)->dict: # column of the paper to one array per corruption
+    a, b = ([np.asarray(x.get(n, ())) for n in names] for x in (base, clear))
+    for n, u, v in zip(names, a, b):
+        if len(u) != len(v): raise ValueError(f'{n}: {len(u)} outcomes of the base model, {len(v)} of CLEAR; evaluate both on the same questions')
+    return {'Bagel': a, 'CLEAR-RL': b, 'delta': [v - u for u, v in zip(a, b)]}
+
+# %% ../nbs/lib/40_report.ipynb #a8da41b9
+def table10(base:Mapping, clear:Mapping, # corruption to percent per outcome, the same questions in both
+            paper:pd.DataFrame|None=None, # Table 10 of the paper
+            scale:str='tiny' # label of our columns
+           )->pd.DataFrame:
+    "Accuracy by corruption and the gain, ours beside the paper's; averages count every corruption once. ValueError when the models answered different questions."
+    paper, titles = paper_table(10) if paper is None else paper, {'Bagel': LABELS['base'], 'CLEAR-RL': LABELS['clear_rl'], 'delta': 'gain'}
+    rows = []
+    for r in paper.to_dict('records'):
+        ours = {k: bootstrap_average(x, rng('table10', k, r['category'], r['corruption'])) for k, x in _paired(base, clear, _members(paper, r)).items()}
+        cells = {f'{t} ({s})': v for k, t in titles.items() for s, v in ((f'ours, {scale}', ours[k]), ('paper, 7B', r[k]))}
+        rows.append(dict(category=r['category'], corruption=r['corruption'].replace('_', ' '), **cells))
     return pd.DataFrame(rows)
 
 # %% ../nbs/lib/40_report.ipynb #5d49cd10
