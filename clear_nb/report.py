@@ -199,8 +199,8 @@ def _members(paper:pd.DataFrame, row:Mapping)->list: # corruptions that a row of
 def _paired(base:Mapping, clear:Mapping, names:list)->dict: # column of the paper to one array per corruption
     a, b = ([np.asarray(x.get(n, ())) for n in names] for x in (base, clear))
     for n, u, v in zip(names, a, b):
-        if len(u) != len(v): raise ValueError(f'{n}: {len(u)} outcomes of the base model, {len(v)} of CLEAR; evaluate both on the same questions')
-    return {'Bagel': a, 'CLEAR-RL': b, 'delta': [v - u for u, v in zip(a, b)]}
+        if len(u) and len(v) and len(u) != len(v): raise ValueError(f'{n}: {len(u)} outcomes of the base model, {len(v)} of CLEAR; evaluate both on the same questions')
+    return {'Bagel': a, 'CLEAR-RL': b, 'delta': [v - u if len(u) == len(v) else [] for u, v in zip(a, b)]} # unknown where one is missing
 
 # %% ../nbs/lib/40_report.ipynb #a8da41b9
 def table10(base:Mapping, clear:Mapping, # corruption to percent per outcome, the same questions in both
