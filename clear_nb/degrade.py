@@ -10,6 +10,7 @@ __all__ = ['SEVERITY', 'CATEGORIES', 'CORRUPTIONS', 'REFERENCE_SIDE', 'TRAIN_WEI
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -472,6 +473,16 @@ def sample_corruption(rng:np.random.Generator, # source of both draws
     "Corruption and severity of one training picture (paper App. B); ValueError on unknown names and bad weights."
     return _pick(rng, weights, CORRUPTIONS, 'corruption'), _pick(rng, severity_p, SEVERITY, 'severity')
 
+# %% ../nbs/lib/06_degrade.ipynb #af7b4b8a
+@contextmanager
+def _one_thread(wanted:bool):
+    "OpenCV's own threads off, for the whole process, while the block runs."
+    before = cv2.getNumThreads()
+    if wanted: cv2.setNumThreads(1)
+    try: yield
+    finally:
+        if wanted: cv2.setNumThreads(before)
+
 # %% ../nbs/lib/06_degrade.ipynb #8f724af4
 def _each(value, n:int, what:str)->list:
     "One value per image: a sequence as it is, a single value repeated."
@@ -499,7 +510,10 @@ def degrade_many(images:Sequence[np.ndarray], # (H, W, 3) uint8 RGB each
     def one(k, image, name, severity, key):
         try: return degrade(image, name, severity, keyed_rng('degrade', name, str(severity), *key), relative)
         except ValueError as e: raise ValueError(f'image {k}: {e}') from e
-    jobs = range(n), images, _each(names, n, 'names'), _each(severities, n, 'severities'), _keys(seeds, n)
+    jobs = list(zip(range(n), images, _each(names, n, 'names'), _each(severities, n, 'severities'), _keys(seeds, n)))
+    if workers: jobs.sort(key=lambda job: job[2] != 'mean_shift')
     bar = lambda results: list(tqdm(results, total=n, disable=not progress))
-    if not workers: return bar(map(one, *jobs))
-    with ThreadPoolExecutor(workers) as pool: return bar(pool.map(one, *jobs))
+    if not workers: return bar(one(*job) for job in jobs)
+    with _one_thread(workers > 1), ThreadPoolExecutor(workers) as pool: done = bar(pool.map(one, *zip(*jobs)))
+    by_number = dict(zip([job[0] for job in jobs], done))
+    return [by_number[k] for k in range(n)]
