@@ -159,7 +159,7 @@ def _coarse(k:int, sigma:float, h:int)->np.ndarray:
     K = (np.floor(u)+1-u)[..., None]*share(np.floor(u))+(u-np.floor(u))[..., None]*share(np.floor(u)+1)
     g = np.broadcast_to(np.pad(cv2.getGaussianKernel(k, sigma).ravel(), h), K.shape[:2])
     w = np.linalg.lstsq(K.cumsum(1).reshape(-1, len(j)), g.cumsum(1).ravel())[0]
-    return w/w.sum()
+    return (w+w[::-1])/(2*w.sum())
 
 # %% ../nbs/lib/06_degrade.ipynb #19e44e13
 def _blur(img:np.ndarray, k:int, sigma:float)->np.ndarray:
@@ -326,7 +326,7 @@ def scan_lines(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
 @_register('environmental', deterministic=True)
 def dark_illumination(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Less light."
-    return _floor(img, 1-i**2)
+    return cv2.LUT(img, (np.arange(256)*(1-i**2)).astype(np.uint8))
 
 # %% ../nbs/lib/06_degrade.ipynb #3d9f5bf8
 @lru_cache(4)
