@@ -10,7 +10,9 @@ __all__ = ['SEVERITY', 'CATEGORIES', 'CORRUPTIONS', 'REFERENCE_SIDE', 'TRAIN_WEI
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 import cv2
 import numpy as np
@@ -88,6 +90,11 @@ def _check_rng(c:Corruption, i:float, rng):
 # %% ../nbs/lib/06_degrade.ipynb #45183d9c
 class UnchangedWarning(UserWarning): "A corruption left every pixel as it was."
 
+# %% ../nbs/lib/06_degrade.ipynb #c3a3125c
+def _same(x:np.ndarray, y:np.ndarray, rows:int=16)->bool:
+    "Are two images of one shape equal? Compared in bands of some rows, up to the first difference."
+    return all(np.array_equal(x[k:k+rows], y[k:k+rows]) for k in range(0, len(x), rows))
+
 # %% ../nbs/lib/06_degrade.ipynb #16c35ea7
 REFERENCE_SIDE = 512 # long side in pixels at which the published lengths hold in relative mode
 
@@ -104,13 +111,13 @@ def degrade(image:np.ndarray, # (H, W, 3) uint8 RGB
     _check_size(c, i, image.shape, s)
     _check_rng(c, i, rng)
     out = c.function(image, i, rng, s)
-    if np.array_equal(out, image): warnings.warn(f'{name} left an image unchanged', UnchangedWarning, stacklevel=2)
+    if _same(out, image): warnings.warn(f'{name} left an image unchanged', UnchangedWarning, stacklevel=2)
     return out
 
 # %% ../nbs/lib/06_degrade.ipynb #ffb4f201
-def _trunc(x:np.ndarray)->np.ndarray:
-    "Float to uint8, toward zero after clipping."
-    return np.clip(x, 0, 255).astype(np.uint8)
+def _floor(x:np.ndarray, gain:float=1.)->np.ndarray:
+    "gain x, which must not be negative, as uint8: toward zero, at most 255."
+    return cv2.convertScaleAbs(x, alpha=gain, beta=-.4999)
 
 def _blend(x:np.ndarray, a:float, y:np.ndarray, b:float)->np.ndarray:
     "a x + b y on uint8, rounded and saturated."
@@ -141,18 +148,42 @@ def _ints(rng:np.random.Generator, n:int, *ranges)->list:
     "n rows of integers, one per (low, high) range, both ends included."
     return rng.integers(*zip(*ranges), size=(n, len(ranges)), endpoint=True).tolist()
 
-# %% ../nbs/lib/06_degrade.ipynb #a2cd144f
-def _gaussian(img:np.ndarray, k:int, sigma:float, gain:float=1.)->np.ndarray:
-    "gain times the Gaussian mean over k x k pixels, truncated."
+# %% ../nbs/lib/06_degrade.ipynb #9e7daa8d
+@lru_cache(64)
+def _coarse(k:int, sigma:float, h:int)->np.ndarray:
+    "Kernel on means of h pixels that acts, after interpolation, like the Gaussian of k pixels."
+    p, d = np.arange(h)[:, None], np.arange(-(k//2)-h, k//2+h+1)
+    u = (p-(h-1)/2)/h # place on the coarse grid, the cell's centre is 0
+    j = np.arange(-(k//2//h+2), k//2//h+3)
+    share = lambda n: ((((p+d)//h)-n)[..., None] == j)/h
+    K = (np.floor(u)+1-u)[..., None]*share(np.floor(u))+(u-np.floor(u))[..., None]*share(np.floor(u)+1)
+    g = np.broadcast_to(np.pad(cv2.getGaussianKernel(k, sigma).ravel(), h), K.shape[:2])
+    w = np.linalg.lstsq(K.cumsum(1).reshape(-1, len(j)), g.cumsum(1).ravel())[0]
+    return (w+w[::-1])/(2*w.sum())
+
+# %% ../nbs/lib/06_degrade.ipynb #19e44e13
+def _blur(img:np.ndarray, k:int, sigma:float)->np.ndarray:
+    "Gaussian mean over k x k pixels, float32."
+    k = min(k, 2*math.ceil(4*sigma)+1)
+    h = min(4, int(sigma/3)) if k >= 5*sigma else 1
+    if h > 1: return _blur_coarse(img, _coarse(k, sigma, h), h)
     g = cv2.getGaussianKernel(k, sigma)
-    return _trunc(cv2.filter2D(img.astype(np.float32), -1, g@g.T*gain))
+    return cv2.sepFilter2D(img, cv2.CV_32F, g, g)
+
+def _blur_coarse(img:np.ndarray, w:np.ndarray, h:int)->np.ndarray:
+    "Means of h x h pixels, filter w along both axes, interpolation."
+    (height, width), b = img.shape[:2], (len(w)//2+2)*h
+    wide = cv2.copyMakeBorder(img, b, b+-height%h, b, b+-width%h, cv2.BORDER_REFLECT_101).astype(np.float32)
+    few = cv2.resize(wide, (wide.shape[1]//h, wide.shape[0]//h), interpolation=cv2.INTER_AREA)
+    few = cv2.sepFilter2D(few, -1, w, w)
+    return cv2.resize(few, wide.shape[1::-1])[b:b+height, b:b+width]
 
 # %% ../nbs/lib/06_degrade.ipynb #da2dd3c1
 @_register('capture', deterministic=True)
 def lens_blur(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Gaussian glow."
-    blurred = _gaussian(img, _odd(min(101, int(3+300*i))|1, s), 20*i*s)
-    return _blend(img, 1-.7*i, blurred, .9*i)
+    blurred = _blur(img, _odd(min(101, int(3+300*i))|1, s), 20*i*s)
+    return _blend(img, 1-.7*i, _floor(blurred), .9*i)
 
 # %% ../nbs/lib/06_degrade.ipynb #e73bd492
 @_register('capture')
@@ -164,8 +195,9 @@ def lens_flare(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
         cv2.circle(mask, (x, y), r, 255, -1)
         cv2.line(mask, (x, y), (int(x+length*np.cos(a)), int(y+length*np.sin(a))), 255, 2)
     k = _odd(3, s, 1)
-    light = cv2.GaussianBlur(_fit(mask, img).astype(np.float32), (k, k), 20*i*s)/255
-    return _trunc(img+.9*i*light[..., None]*np.float32([235, 255, 255]))
+    light = cv2.GaussianBlur(_fit(mask, img).astype(np.float32), (k, k), 20*i*s)
+    red, other = (_floor(light, .9*i*level/255) for level in (235, 255))
+    return cv2.add(img, cv2.merge([red, other, other]))
 
 # %% ../nbs/lib/06_degrade.ipynb #3a68cf9a
 def _scale_kernel(kernel:np.ndarray, s:float)->np.ndarray:
@@ -175,6 +207,33 @@ def _scale_kernel(kernel:np.ndarray, s:float)->np.ndarray:
     share = np.maximum(0, 1-abs(offset[:, None]-np.arange(-reach, reach+1))/max(1, s))
     return share.T@kernel@share
 
+# %% ../nbs/lib/06_degrade.ipynb #b9616bae
+def _pieces(kernel:np.ndarray, most:int=129)->list:
+    "Boxes (top, bottom, left, right) of at most `most` entries, or one row, that hold all non-zero entries."
+    out = []
+    for y in np.flatnonzero(kernel.any(1)).tolist():
+        x = np.flatnonzero(kernel[y])
+        left, right = int(x[0]), int(x[-1])+1
+        if out:
+            top, _, l, r = out[-1]
+            l, r = min(l, left), max(r, right)
+            if (y+1-top)*(r-l) <= most:
+                out[-1] = top, y+1, l, r
+                continue
+        out.append((y, y+1, left, right))
+    return out
+
+# %% ../nbs/lib/06_degrade.ipynb #9850929c
+def _filter_stroke(img:np.ndarray, kernel:np.ndarray)->np.ndarray:
+    "Correlation with a kernel of few non-zero entries."
+    if kernel.size < 130: return cv2.filter2D(img, -1, kernel)
+    (h, w), c, pieces = img.shape[:2], len(kernel)//2, _pieces(kernel)
+    wide = cv2.copyMakeBorder(img, c, len(kernel)-1-c, c, len(kernel)-1-c, cv2.BORDER_REFLECT_101)
+    part = lambda a, b, l, r: cv2.filter2D(wide[a:h+b-1, l:w+r-1], cv2.CV_16S, 64*kernel[a:b, l:r], anchor=(0, 0))[:h, :w]
+    total = part(*pieces[0])
+    for box in pieces[1:]: cv2.add(total, part(*box), dst=total)
+    return cv2.convertScaleAbs(total, alpha=1/64)
+
 # %% ../nbs/lib/06_degrade.ipynb #3ea00ba4
 @_register('capture')
 def motion_blur(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
@@ -183,7 +242,7 @@ def motion_blur(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     turn = cv2.getRotationMatrix2D((d/2, d/2), rng.uniform(0, 360), 1)
     kernel = cv2.warpAffine(np.eye(d, dtype=np.float32), turn, (d, d))
     if s != 1: kernel = _scale_kernel(kernel, s)
-    return cv2.filter2D(img, -1, kernel/kernel.sum())
+    return _filter_stroke(img, kernel/kernel.sum())
 
 # %% ../nbs/lib/06_degrade.ipynb #88877974
 def _dirt(canvas:np.ndarray, i:float, rng)->np.ndarray:
@@ -202,24 +261,23 @@ def _dirt(canvas:np.ndarray, i:float, rng)->np.ndarray:
 @_register('capture')
 def dirty_lens(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Grey veil with a loss of contrast."
-    dirt = _fit(_dirt(_canvas(img, s), i, rng), img).astype(np.float32)
-    dirt = cv2.cvtColor(_trunc(cv2.GaussianBlur(dirt, (0, 0), 30*s)), cv2.COLOR_GRAY2RGB)
-    return _blend(img, 1-.7*i, dirt, .8*i)
+    dirt = _floor(_blur(_fit(_dirt(_canvas(img, s), i, rng), img), _odd(241, s), 30*s))
+    return _blend(img, 1-.7*i, cv2.cvtColor(dirt, cv2.COLOR_GRAY2RGB), .8*i)
 
 # %% ../nbs/lib/06_degrade.ipynb #bf51546f
 @_register('capture', deterministic=True)
 def hsv_saturation(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Paler colours."
     hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
-    hsv[..., 1] = hsv[..., 1]*np.float32(1-i)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    cv2.insertChannel(_floor(cv2.extractChannel(hsv, 1), 1-i), hsv, 1)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
 
 # %% ../nbs/lib/06_degrade.ipynb #438fe0c5
 def _jpeg(img:np.ndarray, quality:int)->np.ndarray:
     "RGB image through JPEG and back."
     ok, data = cv2.imencode('.jpg', cv2.cvtColor(img, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok: raise ValueError(f'OpenCV cannot encode an image of shape {img.shape} as JPEG: use a smaller image')
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
 
 # %% ../nbs/lib/06_degrade.ipynb #5fc9ecb3
 @_register('transmission', deterministic=True)
@@ -239,11 +297,11 @@ def _block(i:float, s:float)->int:
 @_register('transmission', min_size=lambda i, s: (_block(i, s), 2*_block(i, s)))
 def block_exchange(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Swapped cells."
-    b, out = _block(i, s), img.copy()
+    b, out, source = _block(i, s), img.copy(), {} # cell of `out` to the cell of `img` that it shows
     row, col = (0, len(img)//b-1), (0, img.shape[1]//b-1)
     for r, c, r2, c2 in _ints(rng, int(35*i), row, col, row, col):
-        one, two = out[r*b:r*b+b, c*b:c*b+b], out[r2*b:r2*b+b, c2*b:c2*b+b]
-        one[:], two[:] = two.copy(), one.copy()
+        source[r, c], source[r2, c2] = source.get((r2, c2), (r2, c2)), source.get((r, c), (r, c))
+    for (r, c), (r2, c2) in source.items(): out[r*b:r*b+b, c*b:c*b+b] = img[r2*b:r2*b+b, c2*b:c2*b+b]
     return out
 
 # %% ../nbs/lib/06_degrade.ipynb #a538dce7
@@ -259,30 +317,41 @@ def scan_lines(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Dark bands at equal distances."
     period, width = max(3, int(20/(i+.1))), max(5, int(7*i))
     band = (np.arange(max(1, round(len(img)/s))) % period < width).astype(float)
-    gain = 1-.99*np.sqrt(_fit(band[:, None], img[:, :1]).reshape(-1, 1, 1))
-    return _trunc(img*gain)
+    gain, out = 1-.99*np.sqrt(_fit(band[:, None], img[:, :1]).reshape(-1, 1, 1)), img.copy()
+    rows = np.flatnonzero(gain < 1)
+    out[rows] = img[rows]*gain[rows]
+    return out
 
 # %% ../nbs/lib/06_degrade.ipynb #de5231d8
 @_register('environmental', deterministic=True)
 def dark_illumination(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Less light."
-    return _trunc(img*(1-i**2))
+    return cv2.LUT(img, (np.arange(256)*(1-i**2)).astype(np.uint8))
 
-# %% ../nbs/lib/06_degrade.ipynb #99d98c6b
-@_register('environmental', deterministic=True)
-def atmospheric_turbulence(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
-    "Rows displaced along a sine."
-    h, w = img.shape[:2]
+# %% ../nbs/lib/06_degrade.ipynb #3d9f5bf8
+@lru_cache(4)
+def _sway(h:int, w:int, i:float, s:float)->tuple:
+    "Where each pixel comes from, in OpenCV's fixed point of 1/32 pixel; kept for the last four sizes and intensities."
     x, y = np.arange(w), np.arange(h)[:, None]
     shift = 40*i*s*np.sin(y/(30*s)+5*i)
     at_x, at_y = np.clip(x+shift, 0, w-1), np.clip(y+.7*shift, 0, h-1)
-    return cv2.remap(img, at_x.astype(np.float32), np.repeat(at_y, w, 1).astype(np.float32), cv2.INTER_LINEAR)
+    return cv2.convertMaps(at_x.astype(np.float32), np.repeat(at_y, w, 1).astype(np.float32), cv2.CV_16SC2)
 
-# %% ../nbs/lib/06_degrade.ipynb #b244e428
+# %% ../nbs/lib/06_degrade.ipynb #7f10c2d4
+@_register('environmental', deterministic=True)
+def atmospheric_turbulence(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
+    "Rows displaced along a sine."
+    return cv2.remap(img, *_sway(*img.shape[:2], i, s), cv2.INTER_LINEAR)
+
+# %% ../nbs/lib/06_degrade.ipynb #1051a48b
 @_register('environmental')
 def gaussian_noise(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "White noise."
-    return _trunc(img+rng.normal(0, 75*i, img.shape))
+    out, rows = np.empty_like(img), max(1, 8192//img.shape[1]) # bands that fit into the processor's cache
+    for k in range(0, len(img), rows):
+        band = img[k:k+rows]
+        out[k:k+rows] = cv2.add(band, rng.normal(-.5, 75*i, band.shape), dtype=cv2.CV_8U)
+    return out
 
 # %% ../nbs/lib/06_degrade.ipynb #065ce799
 def _discs(img:np.ndarray, n:int, rng, s:float):
@@ -295,7 +364,7 @@ def _discs(img:np.ndarray, n:int, rng, s:float):
 @_register('environmental', deterministic=True, random_above=.9)
 def color_diffusion(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Dark glow."
-    diffused = _gaussian(img, _odd(3+2*int(20*i), s), 50*i*s, i**2)
+    diffused = _floor(_blur(img, _odd(3+2*int(20*i), s), 50*i*s), i**2)
     if i > .9: _discs(diffused, int(100*i), rng, s)
     return _blend(img, max(.1, 1-.9*i), diffused, min(.9, .9*i))
 
@@ -321,18 +390,27 @@ def _word(canvas:np.ndarray, i:float, rng):
     cv2.putText(canvas, word, at, *font, (255, 0, 0, 255), 4)
 
 # %% ../nbs/lib/06_degrade.ipynb #98324181
-@_register('postprocessing')
-def graffiti(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
-    "Lines and a word."
-    canvas = _canvas(img, s, 4)
+def _spray(canvas:np.ndarray, i:float, rng)->np.ndarray:
+    "Paint lines and a word in place, on three channels or four."
     h, w = canvas.shape[:2]
     end = (0, w-1), (0, h-1)
     for b, g, r, x, y, x2, y2, t in _ints(rng, int(10*i), *[(0, 255)]*3, *end, *end, (1, max(1, int(5*i)))):
         cv2.line(canvas, (x, y), (x2, y2), (r, g, b, 255), t)
     if i > .55: _word(canvas, i, rng)
-    canvas = _fit(canvas, img).astype(np.float32)
-    opacity = np.sqrt(canvas[..., 3:]/255)
-    return _trunc(img*(1-opacity)+canvas[..., :3]/np.maximum(opacity, .01)+.5)
+    return canvas
+
+# %% ../nbs/lib/06_degrade.ipynb #9e393493
+@_register('postprocessing')
+def graffiti(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
+    "Lines and a word."
+    out = img.copy()
+    if s == 1: return _spray(out, i, rng)
+    canvas = _fit(_spray(_canvas(img, s, 4), i, rng), img)
+    at = canvas[..., 3] > 0
+    touched = canvas[at].astype(np.float32)
+    opacity = np.sqrt(touched[:, 3:]/255)
+    out[at] = np.clip(img[at]*(1-opacity)+touched[:, :3]/opacity+.5, 0, 255)
+    return out
 
 # %% ../nbs/lib/06_degrade.ipynb #4f695a5d
 def _boxes(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
@@ -341,7 +419,7 @@ def _boxes(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     h, w = mask.shape
     for x, y, dx, dy in _ints(rng, int(1+15*i), (0, w-50), (0, h-50), (50, 200), (20, 80)):
         cv2.rectangle(mask, (x, y), (x+dx, y+dy), 255, -1)
-    return np.where(_fit(mask, img) < 128, 0, 255).astype(np.uint8)
+    return cv2.threshold(_fit(mask, img), 127, 255, cv2.THRESH_BINARY)[1]
 
 # %% ../nbs/lib/06_degrade.ipynb #3bb1c147
 @_register('postprocessing', min_size=lambda i, s: (math.ceil(50*s),)*2)
@@ -351,7 +429,7 @@ def watermark_damage(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     out = _blend(img, 1-i, cv2.inpaint(img, mask, _px(3, s), cv2.INPAINT_TELEA), i)
     if i > .5:
         outline = cv2.Canny(mask, 50, 150) > 0
-        out[outline] = _trunc(out[outline]*(1-.2*min(1., s)))
+        out[outline] = out[outline]*(1-.2*min(1., s))
     return out
 
 # %% ../nbs/lib/06_degrade.ipynb #84497311
@@ -395,6 +473,16 @@ def sample_corruption(rng:np.random.Generator, # source of both draws
     "Corruption and severity of one training picture (paper App. B); ValueError on unknown names and bad weights."
     return _pick(rng, weights, CORRUPTIONS, 'corruption'), _pick(rng, severity_p, SEVERITY, 'severity')
 
+# %% ../nbs/lib/06_degrade.ipynb #af7b4b8a
+@contextmanager
+def _one_thread(wanted:bool):
+    "OpenCV's own threads off, for the whole process, while the block runs."
+    before = cv2.getNumThreads()
+    if wanted: cv2.setNumThreads(1)
+    try: yield
+    finally:
+        if wanted: cv2.setNumThreads(before)
+
 # %% ../nbs/lib/06_degrade.ipynb #8f724af4
 def _each(value, n:int, what:str)->list:
     "One value per image: a sequence as it is, a single value repeated."
@@ -422,7 +510,10 @@ def degrade_many(images:Sequence[np.ndarray], # (H, W, 3) uint8 RGB each
     def one(k, image, name, severity, key):
         try: return degrade(image, name, severity, keyed_rng('degrade', name, str(severity), *key), relative)
         except ValueError as e: raise ValueError(f'image {k}: {e}') from e
-    jobs = range(n), images, _each(names, n, 'names'), _each(severities, n, 'severities'), _keys(seeds, n)
+    jobs = list(zip(range(n), images, _each(names, n, 'names'), _each(severities, n, 'severities'), _keys(seeds, n)))
+    if workers: jobs.sort(key=lambda job: job[2] != 'mean_shift')
     bar = lambda results: list(tqdm(results, total=n, disable=not progress))
-    if not workers: return bar(map(one, *jobs))
-    with ThreadPoolExecutor(workers) as pool: return bar(pool.map(one, *jobs))
+    if not workers: return bar(one(*job) for job in jobs)
+    with _one_thread(workers > 1), ThreadPoolExecutor(workers) as pool: done = bar(pool.map(one, *zip(*jobs)))
+    by_number = dict(zip([job[0] for job in jobs], done))
+    return [by_number[k] for k in range(n)]

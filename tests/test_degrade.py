@@ -1,10 +1,14 @@
 """The corruptions against the released scripts' outputs, and the promises of `degrade`."""
-import random, warnings
+import random, sys, warnings
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pytest
 from clear_nb.degrade import (BENCH_WEIGHTS, CATEGORIES, CORRUPTIONS, SEVERITY, TRAIN_WEIGHTS, UnchangedWarning,
-                              contact_sheet, degrade, degrade_many, sample_corruption)
+                              _blur, contact_sheet, degrade, degrade_many, sample_corruption)
+from clear_nb.core import ROOT
+
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import degrade_reference  # noqa: E402
 
 GOLDEN = Path(__file__).parent/'golden'/'degrade'
 FIXED = [n for n, c in CORRUPTIONS.items() if c.deterministic]
@@ -207,6 +211,15 @@ def test_many_does_not_depend_on_workers():
     back = degrade_many(images[:9], names[8::-1], severities[8::-1], keys[8::-1], relative=True, workers=2)
     assert all((a == b).all() for a, b in zip(runs[0], back[::-1]))
 
+def test_many_order_and_threads():
+    """Mean shift is started first, results keep their order; OpenCV's own threads are as before, also after an error."""
+    before, names = cv2.getNumThreads(), ['dark_illumination', 'mean_shift', 'dark_illumination', 'mean_shift']
+    images = [small()+np.uint8(k) for k in range(4)]
+    many = degrade_many(images, names, 'low', workers=2)
+    assert all((y == degrade(x, n, 'low')).all() for x, n, y in zip(images, names, many)) and cv2.getNumThreads() == before
+    with pytest.raises(ValueError, match='image 2'): degrade_many([*images[:2], images[2][..., 0]], names[:3], 'low', workers=2)
+    assert cv2.getNumThreads() == before
+
 def test_many_arguments():
     """Single values are repeated, images differ, other seeds differ, errors name the image."""
     a, b = degrade_many([small()]*2, 'graffiti', 'hard', 3, relative=True)
@@ -233,3 +246,33 @@ def test_sampling():
 def test_contact_sheet():
     """Rows are severities, columns are corruptions."""
     assert contact_sheet(small(), ['lens_blur', 'graffiti']).shape == (3*66, 2*66, 3)
+
+def odd_picture(): return np.ascontiguousarray(read('images/astronaut512.jpg')[37:168, 200:277])
+
+@pytest.mark.parametrize('relative', [False, True])
+@pytest.mark.parametrize('severity', SEVERITY)
+@pytest.mark.parametrize('name', CORRUPTIONS)
+def test_short_cuts(name, severity, relative):
+    """At most one grey level from the plain reference, and as many random numbers drawn; no exceptions."""
+    noise = gen(7).integers(0, 256, (70, 90, 3)).astype(np.uint8)
+    for x in (cv2.resize(small(128), (128, 96)), odd_picture(), *[noise]*(name != 'mean_shift')): # slow, and one call of OpenCV in both
+        one, two = gen(1), gen(1)
+        y, expected = degrade(x, name, severity, one, relative), degrade_reference.degrade(x, name, severity, two, relative)
+        assert y.dtype == np.uint8 and y.shape == x.shape and abs(y.astype(int)-expected).max() <= 1, x.shape
+        assert one.bit_generator.state == two.bit_generator.state
+
+@pytest.mark.parametrize('name', [n for n in CORRUPTIONS if n not in ('mean_shift', 'watermark_damage')])
+def test_short_cuts_large(name):
+    """The same on a photo larger than 512, where lengths grow, and at intensity 1; mean shift and inpainting are one OpenCV call in both."""
+    x = cv2.resize(read('images/astronaut512.jpg'), (700, 600))
+    for severity in ('hard', 1):
+        y, expected = degrade(x, name, severity, gen(2), True), degrade_reference.degrade(x, name, severity, gen(2), True)
+        assert abs(y.astype(int)-expected).max() <= 1, severity
+
+def test_wide_blur():
+    """Filtering means of h pixels is within one grey level of all taps, on photos and on the worst that pixels can do."""
+    for x in (read('images/astronaut512.jpg'), (gen(3).integers(0, 2, (301, 260, 3))*255).astype(np.uint8), odd_picture()):
+        for k, sigma in ((101, 9.), (101, 18.), (241, 30.), (241, 31.7)):
+            g = cv2.getGaussianKernel(k, sigma)
+            e = _blur(x, k, sigma)-cv2.sepFilter2D(x, cv2.CV_32F, g, g)
+            assert abs(e).max() < 2 and abs(e.mean()) < .02, (x.shape, k, sigma)
