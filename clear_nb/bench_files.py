@@ -76,10 +76,11 @@ def content_hash(samples:Iterable)->str: # samples: Samples in order
     for s in samples: h.update(_digest(s, _pixel_hash(s.pixels())).encode())
     return h.hexdigest()
 
-# %% ../nbs/lib/33_bench_files.ipynb #2f84891c
+# %% ../nbs/lib/33_bench_files.ipynb #033c7128
 REASONS = ('malformed row', 'no index', 'duplicate index', 'no picture', 'unreadable base64', 'undecodable image',
            'pointer to nothing', 'no answer', 'answer is no option', 'too small')
 
+# %% ../nbs/lib/33_bench_files.ipynb #2f84891c
 @dataclass(frozen=True)
 class Reject:
     "A row that cannot be used, or a variant of it that cannot be made."
@@ -113,6 +114,7 @@ def _checked(rows:Iterable)->Iterator: # Samples and Rejects in, the same out: f
             if fault: s = Reject(n, s.index, *fault)
         yield s
 
+# %% ../nbs/lib/33_bench_files.ipynb #7fdc3e46
 class Rows:
     "Samples, and Rejects where a row is faulty, in the order of the source; can be read more than once."
     def __init__(self, make:Callable, # () -> iterable with a Sample or Reject for each row
@@ -133,6 +135,7 @@ def parse_name(stem:str # file name without .tsv
     corruption = next((c for c in dg.CORRUPTIONS if name.endswith(f'_{c}')), '')
     return name[:len(name)-len(corruption)-bool(corruption)], corruption, severity or ('hard' if corruption else 'clean')
 
+# %% ../nbs/lib/33_bench_files.ipynb #20d1d4ce
 def file_name(benchmark:str, corruption:str, severity:str)->str:
     "Name of a TSV without suffix, as the release forms it."
     level = next(k for k, v in _LEVELS.items() if v == severity)
@@ -146,9 +149,14 @@ def group_of(benchmark:str, index:str, first:int=1)->str: # first: number of the
     if 'mmbench' in benchmark.lower(): return str(int(index) % 1_000_000)
     return str((int(index)-first)//2) if 'mmvp' in benchmark.lower() else index
 
-# %% ../nbs/lib/33_bench_files.ipynb #8536a72d
+# %% ../nbs/lib/33_bench_files.ipynb #843bf2dc
 _FIELD_LIMIT = 2**28 # characters in one field: base64 of a file of 192 MiB
 
+def _next(reader)->list|csv.Error|None: # None at the end
+    try: return next(reader, None)
+    except csv.Error as e: return e
+
+# %% ../nbs/lib/33_bench_files.ipynb #fdfd9805
 def _records(path:Path, offset:int=0)->Iterator: # (byte at which the record starts, list of fields or csv.Error)
     def lines():
         nonlocal end
@@ -163,11 +171,7 @@ def _records(path:Path, offset:int=0)->Iterator: # (byte at which the record sta
             if fields: yield start, fields
             start = end
 
-def _next(reader)->list|csv.Error|None: # None at the end
-    try: return next(reader, None)
-    except csv.Error as e: return e
-
-# %% ../nbs/lib/33_bench_files.ipynb #7ee06e83
+# %% ../nbs/lib/33_bench_files.ipynb #40a1a52b
 def _row(head:list, fields)->dict|str: # columns by name, or what is wrong
     if isinstance(fields, csv.Error): return str(fields)
     if len(fields) != len(head): return f'{len(fields)} fields under {len(head)} columns'
@@ -175,6 +179,7 @@ def _row(head:list, fields)->dict|str: # columns by name, or what is wrong
     except UnicodeEncodeError: return 'not UTF-8'
     return dict(zip(head, fields))
 
+# %% ../nbs/lib/33_bench_files.ipynb #7ee06e83
 def _header(path:Path)->list: # column names; ValueError for a file that is no benchmark
     head = next((f for _, f in _records(path)), None)
     if not isinstance(head, list): raise ValueError(f'{path.name} is empty: a benchmark has a line of column names and rows')
@@ -193,11 +198,12 @@ def _survey(path:Path)->tuple: # column names, {index: byte of the first row tha
     if not total: raise ValueError(f'{path.name} has column names and no rows: download it again')
     return head, where, total
 
-# %% ../nbs/lib/33_bench_files.ipynb #b521d37d
+# %% ../nbs/lib/33_bench_files.ipynb #f6f9ff2d
 def _decode64(text:str)->bytes|tuple: # the picture's file, or reason and detail
     try: return base64.b64decode(''.join(text.split()), validate=True)
     except (binascii.Error, ValueError) as e: return 'unreadable base64', str(e)[:200]
 
+# %% ../nbs/lib/33_bench_files.ipynb #b521d37d
 def _follow(path:Path, head:list, where:dict, pointer:str)->bytes|tuple: # the picture of the row that is pointed at
     if pointer not in where: return 'pointer to nothing', f'no row has the index {pointer!r}'
     row = _row(head, next(_records(path, where[pointer]))[1])
@@ -238,16 +244,18 @@ def _letter(answer, options:dict)->str: # the answer as a letter of the options,
     same = [c for c, text in options.items() if text == answer]
     return same[0] if len(same) == 1 else answer
 
+# %% ../nbs/lib/33_bench_files.ipynb #53381907
 def _options(row:dict, names)->dict: # names: a list column, or one column per option
     values = row[names] or [] if isinstance(names, str) else [row[n] for n in names]
     return {c: str(v) for c, v in zip(ascii_uppercase, values) if v is not None and v != ''}
 
-# %% ../nbs/lib/33_bench_files.ipynb #bc2d6da9
+# %% ../nbs/lib/33_bench_files.ipynb #05559e72
 def _file(x)->bytes: # x: what a data set holds for a picture
     if isinstance(x, dict): x = x.get('bytes') or (Path(x['path']).read_bytes() if x.get('path') else b'')
     if isinstance(x, np.ndarray): x = Image.fromarray(x)
     return x if isinstance(x, bytes) else _encode(np.array(x.convert('RGB'))) if isinstance(x, Image.Image) else b''
 
+# %% ../nbs/lib/33_bench_files.ipynb #bc2d6da9
 def _dataset_row(n:int, row:dict, columns:dict, benchmark:str): # Sample or Reject
     text = {k: str(row[c]) if row[c] is not None else '' for k, c in columns.items() if k not in ('image', 'options', 'answer')}
     index = text.pop('index', str(n))
@@ -292,6 +300,7 @@ def _scene_sample(benchmark:str, n:int, q:scenes.Question, image:bytes)->Sample:
     return Sample(benchmark, index, q.prompt.removesuffix(listed), q.answer, image, options, group_of(benchmark, index),
                   category=q.ability, prompt=q.prompt if options else '', picture=str(n//4) if benchmark == 'mmbench' else index)
 
+# %% ../nbs/lib/33_bench_files.ipynb #ecbe740c
 def from_scenes(benchmark:str, # key of scenes.FAMILIES, or 'easyvqa'
                 n:int, # questions; those of mmbench have four rolls each
                 seed:int=0)->Rows:
@@ -302,7 +311,16 @@ def from_scenes(benchmark:str, # key of scenes.FAMILIES, or 'easyvqa'
     make = lambda: (_scene_sample(benchmark, k, i.question, _encode(i.image)) for k, i in enumerate(items))
     return Rows(make, lambda: dict(scenes=benchmark, n=n, seed=seed), len(items))
 
-# %% ../nbs/lib/33_bench_files.ipynb #249b9f3c
+# %% ../nbs/lib/33_bench_files.ipynb #0d7b2ba1
+def _check_plan(p): # ValueError
+    if p.design not in ('mixed', 'full'): raise ValueError(f"unknown design {p.design!r}: use 'mixed' or 'full'")
+    for what, names, valid in (('severities', p.severities, dg.SEVERITY), ('corruptions', p.corruptions, dg.CORRUPTIONS)):
+        for n in names:
+            if n not in valid: raise ValueError(f'{what}: unknown {n!r}, {closest(n, valid)}')
+        if not names or len(set(names)) < len(names): raise ValueError(f'{what} must be different names, at least one, got {names}')
+    if p.jpeg_quality is not None and not 1 <= p.jpeg_quality <= 100: raise ValueError(f'jpeg_quality must lie in [1, 100], got {p.jpeg_quality}')
+
+# %% ../nbs/lib/33_bench_files.ipynb #e3b7097d
 @dataclass(frozen=True)
 class Plan:
     "Which variants are made, and how; ValueError for names that do not exist."
@@ -313,14 +331,7 @@ class Plan:
     jpeg_quality:int|None = None # None: lossless PNG
     relative:bool = False # as in `degrade`
 
-    def __post_init__(self):
-        if self.design not in ('mixed', 'full'): raise ValueError(f"unknown design {self.design!r}: use 'mixed' or 'full'")
-        for what, valid in (('severities', dg.SEVERITY), ('corruptions', dg.CORRUPTIONS)):
-            names = getattr(self, what)
-            for n in names:
-                if n not in valid: raise ValueError(f'{what}: unknown {n!r}, {closest(n, valid)}')
-            if not names or len(set(names)) < len(names): raise ValueError(f'{what} must be different names, at least one, got {names}')
-        if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100: raise ValueError(f'jpeg_quality must lie in [1, 100], got {self.jpeg_quality}')
+    def __post_init__(self): _check_plan(self)
 
 # %% ../nbs/lib/33_bench_files.ipynb #88123ec9
 def _key(p:Plan, s:Sample, *more)->tuple: return ('mmd', p.seed, s.benchmark, s.picture or s.index, *more) # names a generator
@@ -341,11 +352,17 @@ def _too_small(p:Plan, s:Sample, corruption:str, severity:str)->str: # '' when i
     if min(size) >= least[0] and max(size) >= least[1]: return ''
     return f'{corruption} at {severity} needs {least[0]}x{least[1]} pixels (short x long side), got {min(size)}x{max(size)}'
 
+# %% ../nbs/lib/33_bench_files.ipynb #7452bfe4
 def _possible(p:Plan, s:Sample, row:int)->tuple: # variants, Rejects
     wanted = {v: _too_small(p, s, *v) for v in _variants(p, s)}
     rejects = [Reject(row, s.index, 'too small', why) for why in wanted.values() if why]
     if rejects and p.design == 'mixed': return [], rejects[:1]
     return [v for v, why in wanted.items() if not why], rejects
+
+# %% ../nbs/lib/33_bench_files.ipynb #a567add7
+def _clean(s:Sample)->bool: # True, or ValueError
+    if s.severity == 'clean' and not s.corruption: return True
+    raise ValueError(f'row {s.index} of {s.benchmark} is already corrupted ({s.corruption or "mixed"}, {s.severity}): build from the clean file')
 
 # %% ../nbs/lib/33_bench_files.ipynb #f9e70661
 BLOCK = 16 # rows in a row group
@@ -360,10 +377,6 @@ def _groups(rows:Iterable, plan:Plan, rejects:list)->Iterator: # lists of (Sampl
             group = [(s, c, v) for s, (made, _) in able for c, v in made if v == severity and c in (corruption or c,)]
             if group: yield group
 
-def _clean(s:Sample)->bool: # True, or ValueError
-    if s.severity == 'clean' and not s.corruption: return True
-    raise ValueError(f'row {s.index} of {s.benchmark} is already corrupted ({s.corruption or "mixed"}, {s.severity}): build from the clean file')
-
 # %% ../nbs/lib/33_bench_files.ipynb #a6265e9b
 def _corrupt(job:tuple)->tuple: # encoded picture, hash of its pixels, did nothing change?
     image, corruption, severity, key, relative, quality = job
@@ -375,10 +388,11 @@ def _corrupt(job:tuple)->tuple: # encoded picture, hash of its pixels, did nothi
     data = _encode(out, quality)
     return data, _pixel_hash(out if quality is None else _rgb(data)), np.array_equal(out, clean)
 
+# %% ../nbs/lib/33_bench_files.ipynb #3c8bc2ff
 def _job(p:Plan, s:Sample, corruption:str, severity:str)->tuple:
     return s.image, corruption, severity, _key(p, s, corruption, severity), p.relative, p.jpeg_quality
 
-# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
+# %% ../nbs/lib/33_bench_files.ipynb #781f4e2f
 def _start_worker(): # one OpenCV thread; end with the parent
     cv2.setNumThreads(1)
     def watch():
@@ -386,6 +400,7 @@ def _start_worker(): # one OpenCV thread; end with the parent
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
 @contextmanager
 def _workers(n:int)->Iterator: # job -> function that returns its result
     if n < 1: raise ValueError(f'workers must be at least 1, got {n}')
@@ -394,7 +409,7 @@ def _workers(n:int)->Iterator: # job -> function that returns its result
     try: yield lambda job: pool.submit(_corrupt, job).result
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/lib/33_bench_files.ipynb #1f12b23d
+# %% ../nbs/lib/33_bench_files.ipynb #dc35381a
 def _record(p:Plan, s:Sample, corruption:str, severity:str, made:tuple)->dict: # a row of the file
     data, pixels, unchanged = made
     params = dict(intensity=dg.SEVERITY[severity], key=_key(p, s, corruption, severity), relative=p.relative,
@@ -402,12 +417,14 @@ def _record(p:Plan, s:Sample, corruption:str, severity:str, made:tuple)->dict: #
     new = replace(s, image=data, corruption=corruption, severity=severity, params=json.dumps(params))
     return {f.name: getattr(new, f.name) for f in fields(Sample)} | dict(options=json.dumps(s.options), digest=_digest(new, pixels))
 
+# %% ../nbs/lib/33_bench_files.ipynb #8cdc2de5
 def _name(s:Sample, corruption:str, severity:str)->tuple: return s.benchmark, s.picture or s.index, corruption, severity # of a corrupted picture
 
 def _finish(plan:Plan, group:list, calls:dict)->list: # records of a group whose pictures are on their way
     made = {name: result() for name, result in calls.items()}
     return [_record(plan, *g, made[_name(*g)]) for g in group]
 
+# %% ../nbs/lib/33_bench_files.ipynb #a7886b4c
 def _made(groups:Iterable, plan:Plan, workers:int)->Iterator: # lists of records, in order
     waiting = deque()
     with _workers(workers) as start:
@@ -416,11 +433,12 @@ def _made(groups:Iterable, plan:Plan, workers:int)->Iterator: # lists of records
             if len(waiting) > 2+workers//4: yield _finish(plan, *waiting.popleft())
         while waiting: yield _finish(plan, *waiting.popleft())
 
-# %% ../nbs/lib/33_bench_files.ipynb #d4a1f143
+# %% ../nbs/lib/33_bench_files.ipynb #39b05cb4
 _SCHEMA = pa.schema([(f.name, pa.binary() if f.name == 'image' else pa.string()) for f in fields(Sample)]+[('digest', pa.string())])
 _PARQUET = dict(compression={n: 'none' if n == 'image' else 'zstd' for n in _SCHEMA.names}, dictionary_pagesize_limit=2**30, # equal pictures of a row group once
                 write_statistics=['benchmark', 'corruption', 'severity'])
 
+# %% ../nbs/lib/33_bench_files.ipynb #7225ccd8
 def _shard(out:Path, k:int)->Path: return out/f'rows-{k:05}.parquet'
 
 def _write_shards(made:Iterator, out:Path, first:int, groups:int)->None: # first: number of the next file; groups: row groups in each
@@ -429,11 +447,12 @@ def _write_shards(made:Iterator, out:Path, first:int, groups:int)->None: # first
         with atomic_path(_shard(out, k)) as tmp, pq.ParquetWriter(tmp, _SCHEMA, **_PARQUET) as file:
             for records in chain([head], islice(made, groups-1)): file.write_table(pa.Table.from_pylist(records, _SCHEMA))
 
-# %% ../nbs/lib/33_bench_files.ipynb #50679a97
+# %% ../nbs/lib/33_bench_files.ipynb #26367f31
 def _open_shard(path:Path)->pq.ParquetFile: # ValueError naming a file that cannot be read
     try: return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged or missing ({e}): delete the folder and build it again') from e
 
+# %% ../nbs/lib/33_bench_files.ipynb #50679a97
 def _read_group(path:Path, file:pq.ParquetFile, k:int, columns=None)->list: # dicts
     try: return file.read_row_group(k, columns).to_pylist()
     except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
@@ -454,15 +473,17 @@ def _source(samples)->dict: # names the rows; empty when they cannot be named wi
     parts = [(*s.key, s.question, s.answer, hashlib.sha256(s.image).hexdigest()) if isinstance(s, Sample) else asdict(s) for s in samples]
     return dict(samples=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
+# %% ../nbs/lib/33_bench_files.ipynb #515b72fc
 def _settings(plan:Plan, samples, shard:int)->dict:
     if shard < BLOCK or shard % BLOCK: raise ValueError(f'shard must be a multiple of {BLOCK} rows, got {shard}')
     return json.loads(json.dumps(dict(format=1, **asdict(plan), shard=shard, source=_source(samples), versions=_versions())))
 
-# %% ../nbs/lib/33_bench_files.ipynb #94ce6201
+# %% ../nbs/lib/33_bench_files.ipynb #c2243c14
 def _same(path:Path, found:dict, wanted:dict): # ValueError saying what differs
     differs = [f'{k} ({found.get(k)!r:.120} there, {v!r:.120} now)' for k, v in wanted.items() if found.get(k) != v]
     if differs: raise ValueError(f"{path} was begun with other settings: {'; '.join(differs)}; use them, delete the folder or choose another")
 
+# %% ../nbs/lib/33_bench_files.ipynb #94ce6201
 def _begin(out:Path, settings:dict)->bool: # is it finished? ValueError when the folder is something else
     info, begun = out/'info.json', out/'building.json'
     if info.exists() and not settings['source']: raise ValueError(f'{out} is finished and these samples have no name: choose another folder')
@@ -496,6 +517,7 @@ def _counts(shards:list)->tuple: # counts, content hash
     by = lambda what: {k: n for (w, k), n in sorted(tally.items()) if w == what}
     return dict(rows=tally['rows', ''], unchanged=tally['unchanged', ''], **{w: by(w) for w in ('benchmark', 'corruption', 'severity')}), h.hexdigest()
 
+# %% ../nbs/lib/33_bench_files.ipynb #8a07104b
 def _finish_info(out:Path, settings:dict, rejects:list)->None:
     shards = sorted(out.glob('rows-*.parquet'))
     counts, name = _counts(shards)
@@ -556,6 +578,7 @@ def _may_hold(group, names:dict)->bool: # group: metadata of a row group; names:
         if want is not None and range_ is not None and range_.has_min_max and not range_.min <= want <= range_.max: return False
     return True
 
+# %% ../nbs/lib/33_bench_files.ipynb #c69aef9e
 def _selected(paths:list, names:dict)->Iterator: # Samples
     for path in paths:
         with _open_shard(path) as file:
@@ -582,6 +605,7 @@ def _verify_file(path:Path, noted:str)->Iterator: # digests of its rows
         if _fault(s) or _digest(s, _pixel_hash(s.pixels())) != r['digest']: raise ValueError(f'{path}: row {s.key} does not show what its digest says')
         yield r['digest']
 
+# %% ../nbs/lib/33_bench_files.ipynb #b14de724
 def verify(folder)->str: # the content hash
     "Check every byte of a finished benchmark; ValueError naming the file that does not fit."
     folder, info, h = Path(folder), read_info(folder), hashlib.sha256()
@@ -599,6 +623,7 @@ def _columns(rows:Iterable)->list: # of records without pictures: the columns th
     first = ['index', 'image', 'question', 'hint', *ascii_uppercase, 'answer', 'category', 'l2-category', 'split', 'prompt']
     return [c for c in first if c in used or c in ('index', 'image', 'question', 'answer')]
 
+# %% ../nbs/lib/33_bench_files.ipynb #1bb10105
 def _line(s:Sample, held:set)->dict: # held: rows of this file that hold a picture
     code = s.picture if s.picture != s.index and s.picture in held else base64.b64encode(s.image).decode()
     return {c: getattr(s, f) for f, c in _TEXTS.items()} | s.options | dict(index=s.index, image=code)
@@ -615,6 +640,7 @@ def _write_one(path:Path, folder:Path, shards:list, benchmark:str, corruption:st
         file.writeheader()
         for s in _selected(shards, match): file.writerow(_line(s, held))
 
+# %% ../nbs/lib/33_bench_files.ipynb #a09aaec4
 def write_tsv(folder)->list: # paths
     "VLMEvalKit files of a finished benchmark, beside its parquet files; those that are there already are kept."
     folder, info = Path(folder), read_info(folder)

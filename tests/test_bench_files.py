@@ -62,9 +62,9 @@ def test_reader_against_pandas(tmp_path):
     """Quotes, tabs, line breaks, other scripts and empty fields are read as pandas reads them without its list of missing values."""
     r, rows = rng('texts'), []
     bits = ['a', '"', '\n', '\r\n', '\t', "'", 'é', '図', ' ', '', '\\', ',', '""']
-    for k in range(60): rows.append([k, code(k % 3, h=8, w=8)*1, *(''.join(r.choice(bits, 6)) for _ in range(3)), 'A'])
+    for k in range(60): rows.append([k, code(k % 3, h=8, w=8), *(''.join(r.choice(bits, 6)) for _ in range(3)), 'A'])
     path = write_tsv(tmp_path/'toy.tsv', rows)
-    wanted = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False, newline='' if False else None) if False else pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+    wanted = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
     got = {s.index: s for s in bf.read_tsv(path)}
     for w in wanted.to_dict('records'):
         if not w['A']: continue # the answer is no option then
@@ -307,7 +307,7 @@ def test_wrong_digests_are_found(tmp_path):
     """A row that was changed together with the hash of its file does not show what its digest says; nor does another content hash pass."""
     build(toy(4), tmp_path/'o')
     path, info = tmp_path/'o'/'rows-00000.parquet', bf.read_info(tmp_path/'o')
-    [rows] = [g for g in bf._scan([path])][:1]
+    rows = next(bf._scan([path]))
     rows[2]['answer'] = 'A'
     path.unlink(); bf._write_shards(iter([rows]), tmp_path/'o', 0, 16)
     info['files'][path.name] = bf.file_hash(path)
@@ -333,7 +333,7 @@ def alive(group): return subprocess.run(['pgrep', '-g', str(group)], capture_out
 @pytest.mark.parametrize('workers', [1, 2])
 def test_killed_and_resumed(tmp_path, workers):
     """SIGKILL in the middle; the next call goes on and ends with the same bytes; no worker outlives its parent."""
-    path = write_tsv(tmp_path/'toy.tsv', [[k, '2' if k == 9 else code(k, h=256, w=256), 'q', 'x', 'y', 'AC'[k == 7]] for k in range(120)])
+    path = write_tsv(tmp_path/'toy.tsv', [[k, '2' if k == 9 else code(k, h=160, w=160), 'q', 'x', 'y', 'AC'[k == 7]] for k in range(90)])
     script, out = tmp_path/'child.py', tmp_path/'killed'
     script.write_text(CHILD)
     child = subprocess.Popen([sys.executable, str(script), str(path), str(out), str(workers)], start_new_session=True)
@@ -342,7 +342,7 @@ def test_killed_and_resumed(tmp_path, workers):
         while len(list(out.glob('rows-*.parquet'))) < 2 and child.poll() is None and time.time() < end: time.sleep(.002)
     finally: child.send_signal(signal.SIGKILL); child.wait()
     done = {p.name: p.stat().st_mtime_ns for p in out.glob('rows-*.parquet')}
-    assert 2 <= len(done) < 24 and (out/'building.json').exists() and not (out/'info.json').exists()
+    assert 2 <= len(done) < 18 and (out/'building.json').exists() and not (out/'info.json').exists()
     while alive(child.pid) and time.time() < end: time.sleep(.1)
     assert not alive(child.pid)
     with pytest.raises(ValueError, match='no finished benchmark'): bf.read_files(out)
@@ -351,7 +351,7 @@ def test_killed_and_resumed(tmp_path, workers):
     (out/'.rows-00099.abcd.tmp.parquet').write_bytes(b'half a file')
     build(bf.read_tsv(path), out, seed=5, **kw)
     whole = build(bf.read_tsv(path), tmp_path/'whole', seed=5, **kw)
-    assert tree(out) == tree(tmp_path/'whole') and whole['counts']['rows'] == 119*3 and whole['rejected'] == {'answer is no option': 1}
+    assert tree(out) == tree(tmp_path/'whole') and whole['counts']['rows'] == 89*3 and whole['rejected'] == {'answer is no option': 1}
     assert all((out/n).stat().st_mtime_ns == t for n, t in done.items())                   # finished files were kept
 
 
