@@ -402,9 +402,18 @@ def _start_worker(): # one OpenCV thread; end with the parent
 
 # %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
 @contextmanager
+def _one_thread()->Iterator: # OpenCV in this process, as in a worker
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try: yield
+    finally: cv2.setNumThreads(before)
+
+@contextmanager
 def _workers(n:int)->Iterator: # job -> function that returns its result
     if n < 1: raise ValueError(f'workers must be at least 1, got {n}')
-    if n == 1: yield lambda job: partial(_corrupt, job); return
+    if n == 1:
+        with _one_thread(): yield lambda job: partial(_corrupt, job)
+        return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start_worker)
     try: yield lambda job: pool.submit(_corrupt, job).result
     finally: pool.shutdown(cancel_futures=True)
