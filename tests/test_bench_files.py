@@ -203,7 +203,8 @@ def test_mixed_design(tmp_path):
     rows = list(bf.read_files(tmp_path/'o'))
     per = {k: [(s.corruption, s.severity) for s in rows if s.index == str(k)] for k in range(20)}
     assert all(len({c for c, _ in v}) == 1 and [s for _, s in v] == list(dg.SEVERITY) for v in per.values()) and len({v[0] for v in per.values()}) > 5
-    names, total = Counter(bf._drawn(bf.Plan(), replace(toy(1)[0], index=str(k))) for k in range(8000)), sum(dg.BENCH_WEIGHTS.values())
+    one, total = toy(1)[0], sum(dg.BENCH_WEIGHTS.values())
+    names = Counter(bf._drawn(bf.Plan(), replace(one, index=str(k))) for k in range(8000))
     assert all(abs(names[c]/8000-w/total) < .012 for c, w in dg.BENCH_WEIGHTS.items())
 
 
