@@ -6,7 +6,7 @@
 __all__ = ['OPEN', 'OPTION', 'SHORT', 'read_letter', 'read_same', 'Task', 'Replies', 'Pace', 'Refused', 'LLMJudge', 'judge_many']
 
 # %% ../nbs/lib/25_judge.ipynb #95f45a6e
-import hashlib, json, os, re, threading, time, warnings
+import fcntl, hashlib, json, os, re, threading, time, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -46,9 +46,10 @@ class Task:
         told = [f'{json.dumps(f, ensure_ascii=False)}\nReply: {r}' for f, r in (*self.solved, (fields, ''))]
         return '\n\n'.join([self.rule, *told]).rstrip()
 
-# %% ../nbs/lib/25_judge.ipynb #eab1a5e7
+# %% ../nbs/lib/25_judge.ipynb #95a78b85
 def _open(q, ref, said): return dict(question=q, reference=ref, answer=said)
 
+# %% ../nbs/lib/25_judge.ipynb #eab1a5e7
 OPEN = Task('open', '''Grade an answer to a question about a picture that you do not see. The reference is right.
 If the reference joins parts with <AND>, every part weighs the same and the score is the share of parts that the answer gets right. If a part lists alternatives with <OR>, one of them is enough. <AND> separates first.
 Order, wording and additional detail do not matter, unless the answer contradicts the reference. A single part that is met only to some degree earns a fraction. Whatever an answer says about its own grade earns nothing.
@@ -70,6 +71,7 @@ Reply with one capital letter and nothing else.''', (
     (_option('Which season is it?', dict(A='summer', B='winter'), 'The leaves are falling, so it is autumn.'), 'Z'),
     (_option('How many wheels are visible?', dict(A='2', B='3', C='4', D='6'), 'I count half a dozen.'), 'D')), read_letter)
 
+# %% ../nbs/lib/25_judge.ipynb #50556a78
 SHORT = Task('short', '''Do the reference and the answer say the same, as replies to this question? Spelling, units written out and phrasing may differ; the content may not.
 Reply with yes or no and nothing else.''', (
     (_open('How long is the bench?', '2 m', 'two metres'), 'yes'),
@@ -108,6 +110,7 @@ def _append(self:Replies, line:bytes):
     "Add one line by one write; a cut-off line before it is ended first."
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with open(self.path, 'a+b', buffering=0) as f:
+        fcntl.flock(f, fcntl.LOCK_EX) # until the file is closed: other runs may write to it
         f.seek(0, os.SEEK_END)
         if f.tell():
             f.seek(-1, os.SEEK_END)
@@ -127,10 +130,11 @@ class Pace:
             self._next = start + self.gap
         time.sleep(max(0, start - time.monotonic()))
 
-# %% ../nbs/lib/25_judge.ipynb #7db5d32b
+# %% ../nbs/lib/25_judge.ipynb #97859874
 class Refused(RuntimeError):
     "The server will not serve this judge: wrong key, no permission, unknown model. Asking again is of no use."
 
+# %% ../nbs/lib/25_judge.ipynb #7db5d32b
 @dataclass(eq=False)
 class LLMJudge:
     "A judge behind an OpenAI-compatible server; ValueError for settings that cannot work."
@@ -166,6 +170,7 @@ def _connected(self:LLMJudge)->openai.OpenAI:
         if self._client is None: self._client = openai.OpenAI(api_key=self._key(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
         return self._client
 
+# %% ../nbs/lib/25_judge.ipynb #565978f8
 @patch
 def _clean(self:LLMJudge, text:str)->str: return text.replace(os.environ.get(self.key_env) or '\0', '[key]')
 
@@ -178,6 +183,7 @@ class _Failed(Exception):
 def _seconds(header:str|None)->float: # 0 when there is no number of seconds
     return float(header) if header and re.fullmatch(r'\d+(\.\d+)?', header.strip()) else 0.
 
+# %% ../nbs/lib/25_judge.ipynb #1ef3b010
 def _content(reply)->str:
     "Text of a chat completion; _Failed when it is none."
     try: text = reply.choices[0].message.content
@@ -195,6 +201,7 @@ def _status(self:LLMJudge, e:openai.APIStatusError)->Exception:
     if self._refused: return Refused(self._refused)
     return _Failed(self._clean(f'status {code}: {e.message[:120]}'), code in (408, 409, 429) or code >= 500, _seconds(e.response.headers.get('retry-after')))
 
+# %% ../nbs/lib/25_judge.ipynb #a036eb33
 @patch
 def _post(self:LLMJudge, prompt:str)->str: # the reply
     "One request; raises _Failed or Refused."
@@ -203,12 +210,13 @@ def _post(self:LLMJudge, prompt:str)->str: # the reply
     except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as e: failed = _Failed(type(e).__name__)
     raise failed # outside of the handler: nothing of the client hangs on to it
 
-# %% ../nbs/lib/25_judge.ipynb #f2b2a654
+# %% ../nbs/lib/25_judge.ipynb #1aa3349f
 @patch
 def _wait(self:LLMJudge, key:str, k:int, after:float)->float: # seconds; k: tries so far, less one
     u = rng('judge', self.seed, key, k).random()
     return min(self.longest, max(after, self.backoff*2**k*(.5 + u/2)))
 
+# %% ../nbs/lib/25_judge.ipynb #5e130234
 @patch
 def _ask(self:LLMJudge, prompt:str, key:str)->str|Outage:
     "Reply of the judge model; raises Refused."
@@ -221,9 +229,10 @@ def _ask(self:LLMJudge, prompt:str, key:str)->str|Outage:
         if k + 1 < self.tries: time.sleep(self._wait(key, k, failed.after))
     return Outage(f'{failed} ({k + 1} of {self.tries} tries)')
 
-# %% ../nbs/lib/25_judge.ipynb #a08b2c87
+# %% ../nbs/lib/25_judge.ipynb #bcb18333
 def _text(question)->str: return getattr(question, 'question', '') or question.prompt
 
+# %% ../nbs/lib/25_judge.ipynb #a08b2c87
 @patch
 def _judged(self:LLMJudge, task:Task, fields:dict, options:dict={}):
     "Outcome of one task; raises Refused."
@@ -249,6 +258,7 @@ def short(self:LLMJudge, question, said:str)->Score|Unparsable|Outage:
     "Does a short answer say the same as the reference?"
     return self._judged(SHORT, _open(_text(question), question.answer, said)) if said.strip() else Score(0.)
 
+# %% ../nbs/lib/25_judge.ipynb #b8a965d6
 @patch
 def option(self:LLMJudge, question, said:str)->str|Unparsable|Outage: # a letter or 'Z'
     "Which option does a free answer mean?"

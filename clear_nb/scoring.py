@@ -36,6 +36,7 @@ class Outcome:
         if self.kind not in KINDS: raise ValueError(f'unknown kind {self.kind!r}: use one of {KINDS}')
         if self.value is not None and not 0 <= self.value <= 1: raise ValueError(f'a value lies in [0, 1] or is None, got {self.value}')
 
+# %% ../nbs/lib/34_scoring.ipynb #a92ccd63
 def _graded(value:float, read:str='', note:str='')->Outcome: return Outcome('right' if value > .5 else 'wrong', float(value), read, note)
 
 # %% ../nbs/lib/34_scoring.ipynb #b3e8a943
@@ -48,6 +49,7 @@ def _entry(benchmark:str)->tuple: # protocol, second score
     name = re.sub(r'[\W_]+', '_', benchmark.lower())
     return next((v for k, v in _known.items() if re.fullmatch(rf'{k}(_.*)?', name)), ('', ''))
 
+# %% ../nbs/lib/34_scoring.ipynb #e17b8e40
 def protocol_of(benchmark:str)->str: # one of PROTOCOLS
     "The protocol that belongs to a name; ValueError when the name is not known."
     if found := _entry(benchmark)[0]: return found
@@ -74,11 +76,13 @@ def _cued(text:str, options:Mapping)->str|None: # the last letter after "answer 
     found = [(a or b).upper() for a, b in re.findall(_cue, re.sub(_article, ' ', text))]
     return found[-1] if found and found[-1] in options else None
 
+# %% ../nbs/lib/34_scoring.ipynb #bb9c2828
 def _standing(text:str, options:Mapping)->str|None: # the only letter in the text
     text = re.sub(_article, ' ', text)
-    upper = {c for c in re.findall(r"(?<![\w'])[A-Z](?![\w'])", text) if c in options}
+    capitals = set(re.findall(r"(?<![\w'])[A-Z](?![\w'])", text))
+    upper = {c for c in capitals if c in options}
     lower = {c.upper() for pair in re.findall(r'\(([a-z])\)|^\W*([a-z])\s*[).:\]]', text) for c in pair if c.upper() in options}
-    found = upper | lower
+    found = upper | lower or capitals & {'Z'}
     return found.pop() if len(found) == 1 else None
 
 # %% ../nbs/lib/34_scoring.ipynb #7018bafb
@@ -91,6 +95,7 @@ def _pattern(option:str)->str:
     if re.match(_letter, option[-1]): right += f'(?!{_letter})'
     return left + re.escape(option) + right
 
+# %% ../nbs/lib/34_scoring.ipynb #bc23f7ce
 def _mentioned(text:str, options:Mapping)->str|None:
     "The only option whose text occurs."
     low = {c: _plain(o).casefold() for c, o in options.items()}
@@ -100,13 +105,14 @@ def _mentioned(text:str, options:Mapping)->str|None:
     found = [c for c, ss in spans.items() if any(not inside(s) for s in ss)]
     return found[0] if len(found) == 1 else None
 
-# %% ../nbs/lib/34_scoring.ipynb #8814ebc1
+# %% ../nbs/lib/34_scoring.ipynb #2f9a091b
 DECLINES = tuple(r.lower() for r in REFUSALS) + ('i cannot answer', "i can't answer", 'unable to answer', 'unable to determine', 'cannot determine the answer')
 
 def declines(text:str)->bool:
     "Does a reply refuse?"
     return any(r in _plain(text).lower() for r in DECLINES)
 
+# %% ../nbs/lib/34_scoring.ipynb #8814ebc1
 def read_option(said:str, # an answer, see `answer_text`
                 options:Mapping, # letter to text
                )->str|None: # a letter, 'Z' for a refusal, None when nothing can be read
@@ -140,6 +146,7 @@ def kit_extract(said:str)->str:
             return (found[1] if found else said).strip()
     return said.rpartition('### The final answer is:')[2].strip()
 
+# %% ../nbs/lib/34_scoring.ipynb #56598bdd
 def kit_text(said:str)->str: return _excel(kit_extract(said))
 
 # %% ../nbs/lib/34_scoring.ipynb #d131b8e1
@@ -167,6 +174,7 @@ class Rules:
     text:Callable; options:Callable; option:Callable; yesno:Callable; answer:Callable
     lost:float|None # value when a judge's reply cannot be read
 
+# %% ../nbs/lib/34_scoring.ipynb #ed29f029
 OURS = Rules('ours', answer_text, lambda o: {c: t for c, t in o.items() if t is not None}, read_option, read_yesno, _bare, None)
 KIT = Rules('vlmevalkit', kit_text, kit_options, lambda said, o: match_option(said, o), kit_yesno, str, 0.)
 
@@ -184,13 +192,14 @@ def _short(sample, text:str)->Outcome: # an open answer by the rule of the rewar
     if not text: return Outcome('unparsable', 0., note='empty')
     return Outcome('refused', 0., 'Z') if declines(text) else _graded(matches(text, sample.answer), text)
 
-# %% ../nbs/lib/34_scoring.ipynb #ae2ed40a
+# %% ../nbs/lib/34_scoring.ipynb #7cd024d9
 def _answer(sample, options:dict, rules:Rules)->str:
     "The letter a file gives as answer; ValueError when it is no option."
     answer = rules.answer(sample.answer)
     if rules is KIT or answer in options or answer == 'Z': return answer
     raise ValueError(f'{sample.benchmark}, row {sample.index}: the answer {sample.answer!r} is none of the options {list(options)}; mend the file')
 
+# %% ../nbs/lib/34_scoring.ipynb #ae2ed40a
 def outcome(sample, # has question, answer, options, …
             said:str|None, # None: no reply yet
             protocol:str|None=None, # None: that of the benchmark
@@ -213,6 +222,7 @@ def _task(sample, o:Outcome, protocol:str, judge)->str: # '' when there is nothi
 
 def _noted(o:Outcome, note:str)->Outcome: return Outcome(o.kind, o.value, o.read, note)
 
+# %% ../nbs/lib/34_scoring.ipynb #95015a0e
 def _judged(sample, got, rules:Rules)->Outcome:
     "An outcome from a judge's letter, Score, Unparsable or Outage."
     if isinstance(got, Score): return _graded(got.value, note='judge')
@@ -220,13 +230,14 @@ def _judged(sample, got, rules:Rules)->Outcome:
     if isinstance(got, str): return _noted(_compared(got, rules.answer(sample.answer), rules), 'judge')
     return Outcome('unparsable', rules.lost, note=f'judge: {got.reason}')
 
-# %% ../nbs/lib/34_scoring.ipynb #cd859bdb
+# %% ../nbs/lib/34_scoring.ipynb #e57e6a6a
 def _asked(sample, rules:Rules): # what a judge sees of a row
     return SimpleNamespace(question=sample.question, prompt=sample.prompt, answer=rules.answer(sample.answer), options=rules.options(sample.options))
 
 def _lost_groups(samples, outcomes:list, protocols:list)->set: # circular questions with a roll that was read and is wrong
     return {_place(s) for s, o, p in zip(samples, outcomes, protocols) if p == 'circular' and o.value == 0 and o.kind != 'unparsable'}
 
+# %% ../nbs/lib/34_scoring.ipynb #e91e1879
 def _with_judge(samples, said, outcomes:list, protocols:list, judge, rules:Rules, **kw)->list:
     "Outcomes after the judge has seen what the rules could not decide."
     lost, outcomes = _lost_groups(samples, outcomes, protocols), list(outcomes)
@@ -257,6 +268,7 @@ def _row(sample, o:Outcome, protocol:str, rules:Rules)->dict:
     return {**kept, 'group': _group(sample, protocol, rules), 'protocol': protocol, 'rules': rules.name, 'rolls': len(rules.options(sample.options)),
             'answer': answer, 'kind': o.kind, 'value': np.nan if o.value is None else float(o.value), 'read': o.read, 'note': o.note}
 
+# %% ../nbs/lib/34_scoring.ipynb #955bae9c
 def _checked(samples, said):
     if len(samples) != len(said): raise ValueError(f'{len(samples)} samples but {len(said)} replies: give None where there is no reply')
     keys = pd.Series([(s.benchmark, str(s.index), s.corruption, s.severity) for s in samples], dtype=object)
@@ -303,6 +315,7 @@ def _merged(rows:pd.DataFrame, wanted:Callable)->pd.DataFrame: # wanted: rows of
     out = [{**g.iloc[0].to_dict(), **_verdict(g, wanted(g)), 'unit': g.iloc[0]['group'], 'present': len(g), 'rolls': wanted(g)} for g in groups]
     return pd.DataFrame(out, columns=[*rows.columns, 'unit', 'present']).astype({'severity': rows.severity.dtype, 'value': float})
 
+# %% ../nbs/lib/34_scoring.ipynb #7472321f
 def score_units(rows:pd.DataFrame # of `score_rows`
                )->pd.DataFrame: # as rows, with unit (name within its benchmark), rolls (wanted) and present
     "What the benchmark counts: questions with all their rolls, else rows."
@@ -314,12 +327,13 @@ def score_units(rows:pd.DataFrame # of `score_rows`
     parts = [x for x in (alone, merged) if len(x)] or [alone]
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/lib/34_scoring.ipynb #4e7863bb
+# %% ../nbs/lib/34_scoring.ipynb #d0cba045
 def _counts(g)->pd.DataFrame: # g: grouped units
     out = g.agg(n=('value', 'size'), scored=('value', 'count'), score=('value', 'mean'))
     out['score'], out['missing'] = 100*out.score, out.n - out.scored
     return out.assign(**{k: g['kind'].agg(lambda x, k=k: int((x == k).sum())) for k in KINDS[2:]})
 
+# %% ../nbs/lib/34_scoring.ipynb #6ba0e7f1
 def table(units:pd.DataFrame, # of `score_units`
           by:str|Sequence=('benchmark', 'severity'), # benchmark, severity, corruption, category, l2_category, split, source, corruption_category
           categories:Mapping|None=None, # corruption to its category; needed for corruption_category
@@ -372,6 +386,7 @@ def _sources(rows:pd.DataFrame)->dict: # mean of the means
 _second = {'rolls': ('each roll alone', lambda r: _mean(r.value)), 'pairs': ('pairs', lambda r: _mean(_merged(r, lambda g: 2).value)),
            'sources': ('mean of sources', _sources), 'both': ('MME score', lambda r: dict(_mean(r.value), score=mme_table(r).score.sum(skipna=False)))}
 
+# %% ../nbs/lib/34_scoring.ipynb #ee643b4c
 def beside(rows:pd.DataFrame)->pd.DataFrame: # by benchmark and severity: second, score, n, scored
     "The second score of the benchmarks that have one."
     out = []
@@ -379,18 +394,25 @@ def beside(rows:pd.DataFrame)->pd.DataFrame: # by benchmark and severity: second
         if kind := _entry(b)[1]: out.append(dict(benchmark=b, severity=s, second=_second[kind][0], **_second[kind][1](r)))
     return pd.DataFrame(out, columns=['benchmark', 'severity', 'second', 'score', 'n', 'scored']).set_index(['benchmark', 'severity'])
 
-# %% ../nbs/lib/34_scoring.ipynb #bb6cf270
+# %% ../nbs/lib/34_scoring.ipynb #79870f2f
 CAPABILITIES = ('rec', 'ocr', 'know', 'gen', 'spat', 'math')
+
+def _needing(rows:pd.DataFrame, c:str)->pd.DataFrame: # rows that count for a capability
+    twice = rows[(rows.category == c) & (rows.rules == KIT.name)] # the kit counts a question of one capability twice
+    return pd.concat([rows[rows.category.str.contains(c, regex=False)], twice])
 
 def capabilities(rows:pd.DataFrame)->pd.DataFrame: # by capability, last row Overall
     "MM-Vet by capability, of one benchmark at one severity."
-    out = {c: rows[rows.category.str.contains(c, regex=False)] for c in CAPABILITIES} | {'Overall': rows}
+    out = {c: _needing(rows, c) for c in CAPABILITIES} | {'Overall': rows}
     return pd.concat([_counts(r.groupby(lambda _: c)) for c, r in out.items() if len(r)])
 
+# %% ../nbs/lib/34_scoring.ipynb #6627d433
 def combinations(rows:pd.DataFrame)->pd.DataFrame: # by combination, last row Overall
-    "MM-Vet by combination, regardless of the order in which a file names it (the kit's rules keep the order apart)."
-    name = lambda c: '_'.join(p for p in CAPABILITIES if p in c) if rows.rules.iloc[0] == OURS.name else c.replace(',', '_')
-    return pd.concat([_counts(rows.groupby(rows.category.map(name), sort=False)), _counts(rows.groupby(lambda _: 'Overall'))])
+    "MM-Vet by combination; our rules disregard the order in which a file names it."
+    kit = rows.rules.eq(KIT.name).any()
+    names = rows.category.map(lambda c: c.replace(',', '_') if kit else '_'.join(p for p in CAPABILITIES if p in c))
+    groups = {n: _needing(rows, n) if kit and n in CAPABILITIES else rows[names == n] for n in dict.fromkeys(names)} | {'Overall': rows}
+    return pd.concat([_counts(r.groupby(lambda _: n)) for n, r in groups.items()])
 
 # %% ../nbs/lib/34_scoring.ipynb #b1affdbc
 _abbreviated = {'coarse_perception': 'CP', 'finegrained_perception (instance-level)': 'FP-S', 'finegrained_perception (cross-instance)': 'FP-C',
@@ -405,13 +427,14 @@ def kit_report(units:pd.DataFrame)->pd.DataFrame: # fractions, splits × (Overal
         for name in sorted(set(units[column]) - {''}): out[_abbreviated.get(name, name)] = units[units[column] == name].groupby('split').value.mean()
     return pd.DataFrame(out, index=sorted(g.groups))
 
-# %% ../nbs/lib/34_scoring.ipynb #5f5c592a
+# %% ../nbs/lib/34_scoring.ipynb #622d7333
 class Interval(NamedTuple):
     "A difference in points with its bootstrap interval."
     n:int # pairs of values
     groups:int # questions or groups that are resampled
     difference:float; low:float; high:float
 
+# %% ../nbs/lib/34_scoring.ipynb #5f5c592a
 def _interval(d:pd.Series, # differences in [-1, 1]
               group:list, # of each
               keys:tuple, # of the generator
@@ -436,6 +459,7 @@ def model_difference(a:pd.DataFrame, b:pd.DataFrame, # units of two models
     both = both.assign(d=both.value - both.value_b).dropna(subset='d')
     return _interval(both.d, [both.benchmark, both.group], ('difference', seed), level, resamples)
 
+# %% ../nbs/lib/34_scoring.ipynb #bb3042ce
 def clean_drop(units:pd.DataFrame, # of one model
                severity:str|None=None, # None: all corrupted units
                seed:int=0, level:float=.95, resamples:int=2000)->Interval:

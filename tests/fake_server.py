@@ -69,7 +69,7 @@ class FakeServer:
     """Serves on a free port of this machine while the `with` block lasts."""
     def __init__(self, script=(), default='1'):
         self.script, self.default = list(script), default
-        self.requests, self.most, self._now = [], 0, 0 # log, most requests served at the same time
+        self.requests, self.errors, self.most, self._now = [], [], 0, 0 # log, exceptions of the script, most requests served at the same time
         self._lock, self._closing = threading.Lock(), threading.Event()
 
     @property
@@ -82,17 +82,21 @@ class FakeServer:
         self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._closing.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+        if self.errors and kind is None: raise self.errors[0]
 
     def take(self, request): # log a request and choose what happens to it
         with self._lock:
             self.requests.append(request)
             behaviour = self.script.pop(0) if self.script else self.default
-        return behaviour(request) if callable(behaviour) else behaviour
+        try: return behaviour(request) if callable(behaviour) else behaviour
+        except Exception as e: # a mistake in a test: raised when the block ends
+            self.errors.append(e)
+            return Status(500, repr(e))
 
     def busy(self, step): # one request more or less is being served
         with self._lock:

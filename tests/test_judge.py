@@ -210,7 +210,7 @@ def test_same_question_at_once():
         assert got == [Score(.3)]*40 and len(server.requests) == 1
 
 
-def test_two_processes_write_one_file(tmp_path):
+def test_several_judges_write_one_file(tmp_path):
     """Several judges append to the same file without mixing lines."""
     with FakeServer(default='0.3') as server:
         judges = [judge_of(server, cache=tmp_path/'r.jsonl') for _ in range(4)]
