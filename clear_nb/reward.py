@@ -83,11 +83,12 @@ def match_option(said:str, # prediction
     found = [c for c, text in choices.items() if str(text).lower() in said.lower()]
     return found[0] if len(found) == 1 else None
 
-# %% ../nbs/lib/23_reward.ipynb #a15f4678
+# %% ../nbs/lib/23_reward.ipynb #5447de43
 def choices(question)->dict: # letter to option; empty for an open question
     "The lettered options of a question."
-    lettered = question.answer in tuple(ascii_uppercase)
-    return dict(zip(ascii_uppercase, getattr(question, 'options', ()))) if lettered else {}
+    if question.answer not in tuple(ascii_uppercase): return {}
+    options = getattr(question, 'options', ())
+    return dict(options) if isinstance(options, Mapping) else dict(zip(ascii_uppercase, options))
 
 # %% ../nbs/lib/23_reward.ipynb #9a0e44b2
 def understood(question, said:str)->str|None:
