@@ -352,7 +352,7 @@ class CallableAdapter(Adapter):
                  batch:int=16, instruction:str=''):
         where = getattr(f, '__qualname__', type(f).__qualname__)
         self.f = f
-        super().__init__(name or where, batch, instruction, function=f'{getattr(f, "__module__", type(f).__module__)}:{where}')
+        super().__init__(name or where.rpartition('.')[2], batch, instruction, function=f'{getattr(f, "__module__", type(f).__module__)}:{where}')
 
 @patch
 def _one(self:CallableAdapter, s:Sample)->Reply:

@@ -7,9 +7,9 @@ __all__ = ['KEY', 'SCHEMA', 'OUTCOMES', 'run_bench', 'collect', 'read_results', 
            'report_bench', 'main']
 
 # %% ../nbs/lib/41_bench.ipynb #807d6596
-import argparse, hashlib, json, os, secrets, sys, time, warnings
+import argparse, hashlib, json, secrets, sys, time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env
 from tqdm.auto import tqdm
 from . import answer, bench_files
 from .adapters import Adapter, Refused, Reply, open_adapter
 from .bench_files import Sample
-from .core import PATHS, atomic_path, rng, versions
+from .core import atomic_path, rng, versions
 from .report import Estimate, bootstrap_average, bootstrap_mean, to_markdown
 from .reward import match_option, matches
 
@@ -91,7 +92,7 @@ def _mine(s:Sample, shard:tuple)->bool: # shard: (number, of how many)
 
 def _launched()->tuple: # shard
     "This process among those of `accelerate launch`; (0, 1) elsewhere."
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return 0, 1
+    if get_int_from_env(['WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'], 1) < 2: return 0, 1
     return PartialState().process_index, PartialState().num_processes
 
 # %% ../nbs/lib/41_bench.ipynb #dd980dff
@@ -319,13 +320,12 @@ def _samples(path:Path, severities)->tuple: # Samples, content hash
     return (s for rows in each for s in rows), bench_files.read_info(path)['content_hash']
 
 def _bench(args:argparse.Namespace)->int: # exit status
-    "Run, collect, report; under `accelerate launch` the first process reports."
+    "Run, collect, report; of several processes the one that finishes last reports."
     shard = _launched() # first: it decides the device
     adapter = open_adapter(args.model, **{**_pairs(args.set), 'instruction': args.instruction, **({} if args.batch is None else {'batch': args.batch})})
     samples, content = _samples(args.data, args.severity)
     run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, progress=shard[0] == 0)
-    if shard[1] > 1: PartialState().wait_for_everyone()
-    if shard[0]: return 0
+    if _rows(args.out) is None: return 0 # another shard is still at work
     table = report_bench(args.out, args.out)
     print(to_markdown(table))
     left = int(table[table.benchmark != 'AVG'].pending.sum())

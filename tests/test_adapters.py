@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import tiny_hf
 import torch
+from bench_rows import picture
 from clear_nb.adapters import (CallableAdapter, ClearAdapter, HFAdapter, Nonsense, Refused, Reply, ServerAdapter, _RowNoise, call_with_retries,
                                open_adapter, prompt_of, response)
 from clear_nb.answer import ask, sampling_of
 from clear_nb.bench_files import Sample
-from clear_nb.core import rng
 from clear_nb.generate import Noise, generate
 from clear_nb.reward import matches
 from clear_nb.scenes import benchmark
@@ -27,13 +27,6 @@ from safetensors.torch import load_file, save_file
 from test_generate import talker
 
 KEY = 'sk-secret-0123456789'
-
-
-def picture(k=0, w=40, h=30, kind='PNG'):
-    "An encoded picture of noise."
-    buffer = io.BytesIO()
-    Image.fromarray(rng('adapters', k).integers(0, 256, (h, w, 3), np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def rows(n=4):

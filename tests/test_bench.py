@@ -11,26 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from bench_rows import guess, picture, rows, slow
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, Refused, ServerAdapter
 from clear_nb.bench import OUTCOMES, _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
 from clear_nb.bench_files import Sample
 from clear_nb.core import ROOT, rng
 from local_server import serving
-from test_adapters import picture
-
-LEVELS, NAMES = ('clean', 'low', 'mid', 'hard'), ('graffiti', 'scan_lines', 'lens_blur')
-
-
-def rows(n=6, benchmark='b', severities=LEVELS):
-    "Questions with two options, two rows to a group, at every severity."
-    return [Sample(benchmark, f'{k}', f'Is it {k}?', 'AB'[k % 2], picture(k % 3, 12, 9), dict(A='no', B='yes'), group=f'{k//2}',
-                   corruption='' if s == 'clean' else NAMES[k % 3], severity=s) for s in severities for k in range(n)]
-
-
-def guess(picture, prompt): # right for odd numbers, and A for those below 4
-    k = int(prompt.split('Is it ')[1].split('?')[0])
-    return 'A' if k < 4 and k % 2 == 0 else 'B'
 
 
 def results(out): return pd.read_parquet(collect(out)).drop(columns='seconds')
@@ -73,31 +60,32 @@ def test_severities_and_limit(tmp_path):
 
 
 CHILD = '''
-import sys, time
+import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_bench import guess, rows
+from bench_rows import guess, rows, slow
 from clear_nb.adapters import CallableAdapter
 from clear_nb.bench import run_bench
-def slow(picture, prompt):
-    with open({log!r}, 'a') as f: f.write(prompt.split('Is it ')[1][0])
-    time.sleep({pause})
-    return guess(picture, prompt)
-run_bench(CallableAdapter(slow, name='guess'), rows(), {out!r}, batch=2, progress=False)
+run_bench(CallableAdapter({f}), rows(), {out!r}, batch=2, progress=False)
 '''
 
 
-def test_kill(whole, tmp_path):
+def child(f, out): return CHILD.format(root=str(ROOT), tests=str(ROOT/'tests'), f=f, out=str(out))
+
+
+def test_kill(whole, tmp_path, monkeypatch):
     "kill -9 in the middle of a batch; the run goes on behind the last whole batch and ends with the same results."
     out, log = tmp_path/'killed', tmp_path/'log'
-    child = lambda pause: subprocess.Popen([sys.executable, '-c', CHILD.format(root=str(ROOT), tests=str(ROOT/'tests'), log=str(log), out=str(out), pause=pause)])
-    first = child(.15)
+    monkeypatch.setenv('ASKED', str(log))
+    monkeypatch.setenv('PAUSE', '.15')
+    first = subprocess.Popen([sys.executable, '-c', child('slow', out)])
     while first.poll() is None and len(list(out.glob('parts/part-*'))) < 3: time.sleep(.02)
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     kept, asked = len(results(out)), len(log.read_text())
     assert 6 <= kept < 24 and asked <= kept + 2
     (out/'parts'/'.part-half.tmp.parquet').write_bytes(b'PAR1') # what a killed write leaves
-    assert child(0).wait() == 0
+    monkeypatch.setenv('PAUSE', '0')
+    run_bench(CallableAdapter(slow), rows(), out, batch=2, progress=False)
     assert len(log.read_text()) - asked == 24 - kept
     assert results(out).equals(whole)
 
@@ -174,7 +162,7 @@ def test_report_counts(tmp_path):
     line = table[table.benchmark == 'b'].iloc[0]
     assert [line[o] for o in OUTCOMES] == [2, 1, 1, 1, 1] and line.accuracy.mean == pytest.approx(100*2/5) and line.accuracy.n == 5 and line.rows == 6
     note = json.loads((tmp_path/'report'/'bench.json').read_text())
-    assert note['models'][0]['content'] == 'h' and note['models'][0]['pending'] == 1 and note['models'][0]['complete'] is False and 'UNFINISHED: test_report_counts' in note['caption']
+    assert note['models'][0]['content'] == 'h' and note['models'][0]['pending'] == 1 and note['models'][0]['complete'] is False and 'UNFINISHED: f: 6 replies of 6 rows, 1 pending' in note['caption']
     wide = pd.read_csv(tmp_path/'report'/'bench.csv')
     assert wide.accuracy.tolist() == [40, 40] and wide.pending.tolist() == [1, 1] and (wide.low <= wide.accuracy).all()
 
@@ -230,21 +218,21 @@ def data(tmp_path, monkeypatch):
     return tmp_path/'data'
 
 
-def command(data, tmp_path, *more): return ['bench', '--model', 'python:test_bench:guess', '--data', str(data), '--out', str(tmp_path/'run'), *more]
+def command(data, tmp_path, *more): return ['bench', '--model', 'python:bench_rows:guess', '--data', str(data), '--out', str(tmp_path/'run'), *more]
 
 
 def test_command(data, tmp_path, capsys):
     "Table on standard output, status 0, files in the folder; a second call asks nothing."
     assert main(command(data, tmp_path, '--severity', 'low', 'hard', '--limit', '2', '--batch', '3', '--instruction', 'Letter.')) == 0
     said = capsys.readouterr().out
-    assert '| python' not in said and '| test_bench:guess | b | low | 4 |' in said and (tmp_path/'run'/'bench.png').exists()
+    assert '| python' not in said and '| bench_rows:guess | b | low | 4 |' in said and (tmp_path/'run'/'bench.png').exists()
     frame, run = read_results(tmp_path/'run')
     assert len(frame) == 8 and run['content'] == 'c1' and run['settings']['instruction'] == 'Letter.'
 
 
 def test_command_pending(data, tmp_path, capsys, monkeypatch):
     "Status 1 and one sentence while rows are pending."
-    monkeypatch.setattr(sys.modules['test_bench'], 'guess', lambda picture, prompt: None, raising=False)
+    monkeypatch.setattr(sys.modules['bench_rows'], 'guess', lambda picture, prompt: None, raising=False)
     assert main(command(data, tmp_path, '--severity', 'hard')) == 1
     assert '6 of 6 rows are pending; run the same command again' in capsys.readouterr().err
 
@@ -268,22 +256,12 @@ def test_entry_point_knows_both(capsys):
         assert e.value.code == 0 and all(w in said for w in words)
 
 
-LAUNCHED = '''
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_bench import guess, rows
-from clear_nb.adapters import CallableAdapter
-from clear_nb.bench import run_bench
-run_bench(CallableAdapter(guess), rows(), {out!r}, progress=False)
-'''
-
-
 @pytest.mark.slow
-def test_accelerate_launch(whole, tmp_path):
-    "Two processes of `accelerate launch` share the rows by themselves."
-    (tmp_path/'job.py').write_text(LAUNCHED.format(root=str(ROOT), tests=str(ROOT/'tests'), out=str(tmp_path/'r')))
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                           '--main_process_port', '0', str(tmp_path/'job.py')], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=300)
+def test_launched(whole, tmp_path):
+    "Two processes, started as `accelerate launch` starts them, share the rows by themselves."
+    (tmp_path/'job.py').write_text(child('guess', tmp_path/'r'))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'job.py')], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path/'r').glob('finished-*')) == ['finished-0-of-2.json', 'finished-1-of-2.json']
     assert results(tmp_path/'r').equals(whole)
