@@ -93,7 +93,8 @@ def _mine(s:Sample, shard:tuple)->bool: # shard: (number, of how many)
 def _launched()->tuple: # shard
     "This process among those of `accelerate launch`; (0, 1) elsewhere."
     if get_int_from_env(['WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'], 1) < 2: return 0, 1
-    return PartialState().process_index, PartialState().num_processes
+    state = PartialState(cpu=answer.default_device() == 'cpu') # without the word it would see one process on a CPU
+    return state.process_index, state.num_processes
 
 # %% ../nbs/lib/41_bench.ipynb #dd980dff
 def _todo(samples:Iterable, answered:dict, shard:tuple, count:dict)->Iterator: # answered: key to hash; Samples
