@@ -61,7 +61,7 @@ class Adapter:
     def prompt(self, s:Sample)->str: return prompt_of(s, self.instruction)
     def __call__(self, samples:list)->list: raise NotImplementedError(f'{type(self).__name__} does not say how it asks') # Replies
 
-# %% ../nbs/lib/39_adapters.ipynb #3c28f34e
+# %% ../nbs/lib/39_adapters.ipynb #9d5e016c
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 def _picture(s:Sample)->Image.Image:
@@ -69,6 +69,7 @@ def _picture(s:Sample)->Image.Image:
     try: return Image.fromarray(s.pixels())
     except _UNREADABLE as e: raise ValueError(f'the picture of {s.benchmark} {s.index} cannot be decoded ({e})') from e
 
+# %% ../nbs/lib/39_adapters.ipynb #7a4daeb3
 def _prepared(samples:list, prepare:Callable, # sample -> what `run` takes; may raise ValueError or OSError
               run:Callable # list -> Replies
              )->list: # Replies
@@ -108,7 +109,7 @@ class _RowNoise(Noise):
     def _each(self, kind, rows, turn, shape, f):
         return torch.stack([f(shape, generator=torch_rng(*self.seed, *self.keys[int(r)], kind, turn)) for r in rows])
 
-# %% ../nbs/lib/39_adapters.ipynb #1a560c2c
+# %% ../nbs/lib/39_adapters.ipynb #cec8f0a2
 def _weights_hash(model)->str:
     "Hash of the values of all weights of an open model."
     h = hashlib.sha256()
@@ -117,6 +118,7 @@ def _weights_hash(model)->str:
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../nbs/lib/39_adapters.ipynb #1a560c2c
 class ClearAdapter(Adapter):
     "Our model through `generate` (paper §3.1). Raises ValueError or FileNotFoundError for what cannot be opened."
     def __init__(self, model=None, # folder, open model, or None: the newest stage of preset tiny
@@ -139,6 +141,7 @@ def _segments(self:ClearAdapter, s:Sample)->tuple: # key, segments
     check_room(self.model, prompt, self.sampling)
     return s.key, prompt
 
+# %% ../nbs/lib/39_adapters.ipynb #dae35df7
 @patch
 def _rollouts(self:ClearAdapter, items:list)->list: # (key, segments) -> Replies
     keys, prompts = zip(*items)
@@ -185,10 +188,11 @@ class HFAdapter(Adapter):
         weights = file_hash(path) if local else getattr(model.config, '_commit_hash', None)
         super().__init__(Path(path).resolve().name if local else str(path), batch, instruction, weights=weights, dtype=numbers, max_new_tokens=max_new_tokens)
 
-# %% ../nbs/lib/39_adapters.ipynb #129bc4d4
+# %% ../nbs/lib/39_adapters.ipynb #2d7953e7
 def _message(picture:Image.Image, text:str)->list:
     return [dict(role='user', content=[dict(type='image', image=picture), dict(type='text', text=text)])]
 
+# %% ../nbs/lib/39_adapters.ipynb #129bc4d4
 @patch
 def _inputs(self:HFAdapter, items:list): # (picture, text) -> tensors by name
     "What the model is shown."
@@ -209,6 +213,7 @@ def _texts(self:HFAdapter, items:list)->list: # (picture, text) -> texts
     if out.shape[1] >= n and torch.equal(out[:, :n], given['input_ids']): out = out[:, n:] # most models repeat the prompt
     return [t.strip() for t in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
+# %% ../nbs/lib/39_adapters.ipynb #088fcb63
 @patch
 def _answered(self:HFAdapter, items:list)->list: # (picture, text) -> Replies
     with Clock() as clock: texts = self._texts(items)
@@ -229,6 +234,7 @@ class Nonsense(ValueError):
 def _status(e)->int: return getattr(e, 'status_code', None) or 0
 def _final(e)->bool: return _status(e) in (401, 404) or getattr(e, 'code', None) == 'insufficient_quota'
 
+# %% ../nbs/lib/39_adapters.ipynb #7dd78df6
 def _passing(e)->bool:
     "May the same call succeed later?"
     if isinstance(e, openai.APIStatusError): return _status(e) in (408, 409, 425, 429) or _status(e) >= 500
@@ -270,13 +276,14 @@ class _Pace:
             self.free = start + self.gap
         time.sleep(max(0., start - time.monotonic()))
 
-# %% ../nbs/lib/39_adapters.ipynb #1746a2fb
+# %% ../nbs/lib/39_adapters.ipynb #39309ea7
 def _data_url(s:Sample)->str:
     "The picture's file as a URL. Raises ValueError naming the row."
     _picture(s)
     kind = Image.MIME[Image.open(io.BytesIO(s.image)).format]
     return f'data:{kind};base64,' + base64.b64encode(s.image).decode()
 
+# %% ../nbs/lib/39_adapters.ipynb #1746a2fb
 def _said(completion)->tuple: # text, what else is known
     "The text of a reply. Raises Nonsense when there is none."
     choices = getattr(completion, 'choices', None)
@@ -295,6 +302,7 @@ def _key(name:str # environment variable
     if key.isascii() and key.isprintable() and ' ' not in key: return key
     raise ValueError(f'the environment variable {name} does not hold a key: it has characters that cannot be sent.')
 
+# %% ../nbs/lib/39_adapters.ipynb #34da36f5
 def _address(url:str)->str:
     parts = urlsplit(url)
     if parts.scheme not in ('http', 'https') or not parts.hostname: raise ValueError('the server address must look like http://host:port/v1.')
@@ -314,13 +322,14 @@ class ServerAdapter(Adapter):
         self.client = openai.OpenAI(api_key=key or 'none', base_url=url, timeout=timeout, max_retries=0)
         super().__init__(model, batch or 4*workers, instruction, base_url=url, options=self.options)
 
-# %% ../nbs/lib/39_adapters.ipynb #97739c5c
+# %% ../nbs/lib/39_adapters.ipynb #6b514875
 @patch
 def _call(self:ServerAdapter, url:str, text:str)->tuple: # one try: text, what else is known
     self.pace()
     content = [dict(type='image_url', image_url=dict(url=url)), dict(type='text', text=text)]
     return _said(self.client.chat.completions.create(model=self.name, messages=[dict(role='user', content=content)], **self.options))
 
+# %% ../nbs/lib/39_adapters.ipynb #97739c5c
 @patch
 def _one(self:ServerAdapter, s:Sample): # Reply, Refused, or None when the run has stopped
     if self.stopped.is_set(): return None
@@ -354,6 +363,7 @@ class CallableAdapter(Adapter):
         self.f = f
         super().__init__(name or where.rpartition('.')[2], batch, instruction, function=f'{getattr(f, "__module__", type(f).__module__)}:{where}')
 
+# %% ../nbs/lib/39_adapters.ipynb #22e97f99
 @patch
 def _one(self:CallableAdapter, s:Sample)->Reply:
     clock = Clock()
@@ -375,6 +385,7 @@ def _function(spec:str)->Callable: # spec: 'module:function'
     if not callable(f): raise ValueError(f'{spec!r} is a {type(f).__name__}, not a function.')
     return f
 
+# %% ../nbs/lib/39_adapters.ipynb #4042581d
 def _server(spec:str, **kw)->ServerAdapter: # spec: 'MODEL@URL'
     model, at, url = spec.rpartition('@')
     if not model: raise ValueError('a server is written server:MODEL@URL, for example server:qwen@http://localhost:8000/v1.')

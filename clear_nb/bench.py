@@ -42,6 +42,11 @@ def _hash(s:Sample)->str: return hashlib.sha256(_told(s).encode() + b'\0' + s.im
 def _record(s:Sample, r:Reply)->dict:
     return dict(zip(KEY, s.key), reply=r.text, kind=r.kind, detail=r.detail, seconds=r.seconds, sample=_told(s), hash=_hash(s))
 
+# %% ../nbs/lib/41_bench.ipynb #f7fa8bdc
+def _run_of(out:Path)->dict:
+    try: return json.loads((out/'run.json').read_text())
+    except FileNotFoundError: raise FileNotFoundError(f'{out} holds no run: there is no run.json in it.') from None
+
 # %% ../nbs/lib/41_bench.ipynb #576f58d9
 def _settled(out:Path, adapter:Adapter, content:str):
     "Write what the run is, or compare. Raises ValueError naming what differs."
@@ -53,17 +58,14 @@ def _settled(out:Path, adapter:Adapter, content:str):
     if differ := sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)):
         raise ValueError(f'{out} holds replies of another run ({", ".join(f"{k}: {a.get(k)!r} there, {b.get(k)!r} here" for k in differ)}); choose another folder.')
 
-def _run_of(out:Path)->dict:
-    try: return json.loads((out/'run.json').read_text())
-    except FileNotFoundError: raise FileNotFoundError(f'{out} holds no run: there is no run.json in it.') from None
-
-# %% ../nbs/lib/41_bench.ipynb #0109b688
+# %% ../nbs/lib/41_bench.ipynb #13ac1fa6
 def _append(out:Path, samples:list, replies:list):
     "One part; rows without a reply are left out."
     table = pa.Table.from_pylist([_record(s, r) for s, r in zip(samples, replies) if r is not None], SCHEMA)
     if not len(table): return
     with atomic_path(out/'parts'/f'part-{time.time_ns():020d}-{secrets.token_hex(4)}.parquet') as tmp: pq.write_table(table, tmp)
 
+# %% ../nbs/lib/41_bench.ipynb #0109b688
 def _part(path:Path)->pd.DataFrame:
     try: return pq.read_table(path, schema=SCHEMA).to_pandas()
     except (pa.ArrowInvalid, OSError) as e: raise ValueError(f'{path} cannot be read ({e}); delete it, its rows are then asked again.') from e
@@ -87,6 +89,7 @@ def _wanted(samples:Iterable, severities=None, limit:int=None)->Iterator: # Samp
         mine.add(_group(s)); keys.add(s.key)
         yield s
 
+# %% ../nbs/lib/41_bench.ipynb #73f2416e
 def _mine(s:Sample, shard:tuple)->bool: # shard: (number, of how many)
     return int(hashlib.sha256(f'{s.benchmark}\0{_group(s)}'.encode()).hexdigest()[:8], 16) % shard[1] == shard[0]
 
@@ -106,6 +109,7 @@ def _todo(samples:Iterable, answered:dict, shard:tuple, count:dict)->Iterator: #
         if old is None: yield s
         elif old != _hash(s): raise ValueError(f'row {s.key} is not the one that was answered: its question or picture has changed; choose another folder.')
 
+# %% ../nbs/lib/41_bench.ipynb #338eb0f8
 def _chunks(items:Iterable, n:int)->Iterator: # lists of at most n
     part = []
     for item in items:
@@ -113,13 +117,14 @@ def _chunks(items:Iterable, n:int)->Iterator: # lists of at most n
         if len(part) == n: yield part; part = []
     if part: yield part
 
-# %% ../nbs/lib/41_bench.ipynb #e7879381
+# %% ../nbs/lib/41_bench.ipynb #69c42f94
 def _asked(adapter:Adapter, part:list)->list: # Replies
     "Raises ValueError when the adapter loses or adds a reply."
     replies = adapter(part)
     if len(replies) != len(part): raise ValueError(f'{adapter!r} gave {len(replies)} replies to {len(part)} rows; it must give one each, in order.')
     return replies
 
+# %% ../nbs/lib/41_bench.ipynb #e7879381
 def _finished(out:Path, shard:tuple)->Path: return out/f'finished-{shard[0]}-of-{shard[1]}.json'
 
 def _loop(adapter:Adapter, todo:Iterable, out:Path, batch:int, bar):
@@ -160,6 +165,7 @@ def _rows(out:Path)->int|None: # None: some shard has not finished
         if all(name in told for name in names): return max(told[name] for name in names)
     return None
 
+# %% ../nbs/lib/41_bench.ipynb #673b81bd
 def collect(out:Path # folder of a run
            )->Path: # results.parquet
     "Write the replies of a run without duplicates. Raises FileNotFoundError where there is no run."
@@ -204,6 +210,7 @@ def _line(key:tuple, part:pd.DataFrame, accuracy:Estimate)->dict: # key: model, 
 def _levels(frame:pd.DataFrame)->list: # those that occur, in order
     return [s for s in _LEVELS if s in set(frame.severity)] + sorted(set(frame.severity) - set(_LEVELS))
 
+# %% ../nbs/lib/41_bench.ipynb #29c06c99
 def accuracy_table(frame:pd.DataFrame # of `read_results`; several models one above the other
                   )->pd.DataFrame: # model, benchmark, severity, rows, accuracy (Estimate), one column per outcome
     "One line per model, benchmark and severity, and the average over benchmarks."
@@ -214,7 +221,7 @@ def accuracy_table(frame:pd.DataFrame # of `read_results`; several models one ab
         lines.append(_line((m, 'AVG', s), part, bootstrap_average([_ok(p) for p in each.values()], rng('bench', m, 'AVG', s))))
     return pd.DataFrame(lines)
 
-# %% ../nbs/lib/41_bench.ipynb #4250e33f
+# %% ../nbs/lib/41_bench.ipynb #5d61db3d
 def _fan(ax, table:pd.DataFrame):
     "Accuracy over severity, one line per model."
     for m, part in table[table.benchmark == 'AVG'].groupby('model', sort=False):
@@ -223,6 +230,7 @@ def _fan(ax, table:pd.DataFrame):
     ax.set(title='mean over benchmarks', xlabel='severity', ylabel='accuracy (%)', ylim=(0, 100))
     ax.legend(fontsize=7, frameon=False)
 
+# %% ../nbs/lib/41_bench.ipynb #4250e33f
 def _bars(ax, frame:pd.DataFrame):
     "Accuracy per corruption at the hardest severity, one bar per model."
     level, models = _levels(frame)[-1], list(dict.fromkeys(frame.model))
@@ -255,13 +263,14 @@ def _summary(frame:pd.DataFrame, run:dict)->dict: # of one model
     complete = run['rows'] is not None and run['rows'] == len(frame) and not counts['pending']
     return dict(run, model=run['name'], replies=len(frame), complete=complete, **counts, seconds=float(frame.seconds.sum()))
 
+# %% ../nbs/lib/41_bench.ipynb #5bf4b15f
 def _caption(summaries:list)->str:
     "What the numbers are, and what is missing."
     missing = [f'{s["model"]}: {s["replies"]} replies of {s["rows"] or "an unknown number of"} rows, {s["pending"]} pending' for s in summaries if not s['complete']]
     text = 'Accuracy in percent with 95 % bootstrap intervals over rows. Refused and unparsable replies count as wrong, pending rows are left out.'
     return text + (f' UNFINISHED: {"; ".join(missing)}.' if missing else '')
 
-# %% ../nbs/lib/41_bench.ipynb #37a5d5e7
+# %% ../nbs/lib/41_bench.ipynb #1b733021
 def _save(out:Path, table:pd.DataFrame, fig:plt.Figure, summaries:list):
     caption, wide = _caption(summaries), _wide(table)
     note = dict(caption=caption, models=summaries, table=json.loads(wide.to_json(orient='records')), versions=versions())
@@ -272,6 +281,7 @@ def _save(out:Path, table:pd.DataFrame, fig:plt.Figure, summaries:list):
         for suffix, meta in dict(svg={'Date': None, 'Creator': None}, png={'Software': None}).items():
             with atomic_path(out/f'bench.{suffix}') as tmp: fig.savefig(tmp, metadata=meta, dpi=150)
 
+# %% ../nbs/lib/41_bench.ipynb #37a5d5e7
 def report_bench(folders, # folder of a run, or several
                  out:Path # where the report goes
                 )->pd.DataFrame: # of `accuracy_table`
@@ -287,13 +297,14 @@ def report_bench(folders, # folder of a run, or several
     plt.close(fig)
     return table
 
-# %% ../nbs/lib/41_bench.ipynb #ce52bb2d
+# %% ../nbs/lib/41_bench.ipynb #60e6468b
 def _pairs(texts:list)->dict: # ['workers=16']
     "Arguments of the adapter. Raises ValueError for a text without '='."
     for t in texts:
         if '=' not in t: raise ValueError(f'cannot read {t!r}: write NAME=VALUE, for example workers=16.')
     return {k: yaml.safe_load(v) for k, _, v in (t.partition('=') for t in texts)}
 
+# %% ../nbs/lib/41_bench.ipynb #ce52bb2d
 def _options(parser)->argparse.ArgumentParser:
     a = parser.add_parser('bench', help='ask a model all questions of a benchmark and report its accuracy')
     a.add_argument('--model', required=True, help='clear:FOLDER, hf:FOLDER_OR_NAME, server:MODEL@URL or python:module:function')
@@ -306,6 +317,7 @@ def _options(parser)->argparse.ArgumentParser:
     a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu')
     return a
 
+# %% ../nbs/lib/41_bench.ipynb #e6a0650b
 def _parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog='clear-nb', description='Visual questions about degraded pictures.')
     kinds = p.add_subparsers(dest='command', required=True)
@@ -313,13 +325,14 @@ def _parser()->argparse.ArgumentParser:
     _options(kinds)
     return p
 
-# %% ../nbs/lib/41_bench.ipynb #125dc52c
+# %% ../nbs/lib/41_bench.ipynb #e89d8033
 def _samples(path:Path, severities)->tuple: # Samples, content hash
     "Rows of a benchmark and what identifies them. Raises FileNotFoundError and what `bench_files` raises."
     if not path.exists(): raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     each = [bench_files.read_files(path, severity=s) for s in severities or [None]] # integration: clear_nb.bench_files
     return (s for rows in each for s in rows), bench_files.read_info(path)['content_hash']
 
+# %% ../nbs/lib/41_bench.ipynb #125dc52c
 def _bench(args:argparse.Namespace)->int: # exit status
     "Run, collect, report; of several processes the one that finishes last reports."
     shard = _launched() # first: it decides the device
