@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'POLICIES', 'commit', 'prefill', 'draw', 'Turn', 'feed', 'Phrase', 'Ids', 'decode', 'Noise', 'Restoration',
            'join', 'Field', 'restore', 'branches', 'beginning', 'guide_caches', 'count', 'decode_pixels', 'reinject',
-           'Rollout', 'Sampling', 'phrase', 'rules', 'generate']
+           'Rollout', 'Sampling', 'phrase', 'rules', 'room', 'generate']
 
 # %% ../nbs/lib/22_generate.ipynb #0f24f09d
 import copy
@@ -381,14 +381,14 @@ def _trail(model:ClearModel, r:Rollout, mode:str)->list:
     return out
 
 # %% ../nbs/lib/22_generate.ipynb #e35cfed6
-def _room(model:ClearModel, prompt:list, zs:tuple, s:Sampling)->int: # zs: shape of a restored latent, or None
+def room(model:ClearModel, prompt:list, zs:tuple, s:Sampling)->int: # zs: shape of a restored latent, or None
     "Slots that the longest possible trajectory of a prompt needs."
     start, text = count(prompt, model.shape), s.max_new + 2
     if zs is None: return start + text
     return start + text + s.max_restores*(text + count(_back(model, zs, s.mode), model.shape)) + tokens_of(Vae(torch.empty(zs)), model.shape)
 
 def _slots(model:ClearModel, prompts:list, shapes:list, s:Sampling)->int: # shapes: one per prompt
-    return max(_room(model, p, zs, s) for p, zs in zip(prompts, shapes))
+    return max(room(model, p, zs, s) for p, zs in zip(prompts, shapes))
 
 # %% ../nbs/lib/22_generate.ipynb #306dbf7f
 def _speak(model:ClearModel, cache:KVCache, out:list, live:list, n:int, s:Sampling, noise:Noise)->list: # places in `live` that ask on
