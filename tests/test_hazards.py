@@ -132,14 +132,16 @@ def test_hazard_05_sampled_ids(rolled):
 
 def test_hazard_06_vocabulary(toy, monkeypatch):
     """A cut vocabulary and a ban hold for sampling and scoring alike, and the softmax is fp32 under autocast."""
-    head = toy.model.language_model.lm_head
-    monkeypatch.setattr(head, 'ids', len(toy.model.tokenizer))
+    head, cut = toy.model.language_model.lm_head, toy.model.tokenizer.convert_tokens_to_ids(MARKER) # the last id
+    assert toy.model.shape.eos < cut < head.weight.shape[0]
+    monkeypatch.setattr(head, 'ids', cut)
     rolls, cfg = spoken(toy)
-    assert ratio_gap(rescored(toy.model, rolls, cfg)[0], recorded_logp(rolls)) < 1e-4
+    assert not any(r.restorations for r in rolls) and ratio_gap(rescored(toy.model, rolls, cfg)[0], recorded_logp(rolls)) < 1e-4
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        h = hidden(toy.model, rolls, None or [None]*len(rolls))
-        logits = toy.model.logits(h, h.packed.ce_at)
-        assert logits.shape[-1] == len(toy.model.tokenizer) < head.weight.shape[0] and text_logp(toy.model, h).dtype == torch.float32
+        h = hidden(toy.model, rolls, [None]*len(rolls))
+        assert toy.model.logits(h, h.packed.ce_at).shape[-1] == cut and text_logp(toy.model, h).dtype == torch.float32
+    monkeypatch.setattr(head, 'ids', None)
+    assert ratio_gap(rescored(toy.model, rolls, cfg)[0], recorded_logp(rolls)) > .1 # the whole vocabulary is another policy
     rolls, cfg = spoken(toy, policy='never')
     with torch.no_grad(): free = text_logp(toy.model, hidden(toy.model, rolls, [None]*len(rolls)), cfg.temperature)
     assert ratio_gap(free, recorded_logp(rolls)) > .1 > 1e-4 > ratio_gap(rescored(toy.model, rolls, cfg)[0], recorded_logp(rolls))
@@ -160,13 +162,13 @@ def test_hazard_07_scale():
 # ---------------------------------------------------------------- 8 to 11: denoising and batches
 
 def test_hazard_08_transition(toy):
-    """At every step of the grid, the last included, the ratio is 1 ± 1e-4, for the mean and for the sum; every step is chosen at times."""
+    """At every step of the grid, the last included, text and denoising ratios are 1 ± 1e-4 (sum over all numbers: 1e-3); every step is drawn."""
     rolls, cfg = spoken(toy)
     for k in range(cfg.denoise_steps - 1):
         text, image, old = rescored(toy.model, rolls, cfg, k)
         gaps = {how: ratio_gap(image[how], old[how]) for how in image}
-        print(k, gaps)
-        assert gaps['mean'] < 1e-4 and gaps['sum'] < 1e-2 and ratio_gap(text, recorded_logp(rolls)) < 1e-4
+        print(f'step {k}: largest |ratio - 1|', gaps)
+        assert gaps['mean'] < 1e-4 and gaps['sum'] < 1e-3 and ratio_gap(text, recorded_logp(rolls)) < 1e-4
     drawn = {k for n in range(40) for s in choose_steps(rolls, torch_rng('all', n)) for k in s}
     assert drawn == set(range(cfg.denoise_steps - 1))
 
@@ -192,7 +194,8 @@ def test_hazard_09_other_restorations(toy):
     r = kinds(rolls)[2]
     steps = [[0, 1]]
     with torch.no_grad(): h = hidden(toy.model, [r], steps)
-    first = [i for i, s in enumerate(segments := rollout_segments(r, steps[0])) if isinstance(s, Vae) and not s.noised][1]
+    segments = rollout_segments(r, steps[0])
+    first = [i for i, s in enumerate(segments) if isinstance(s, Vae) and not s.noised][1] # behind the degraded picture
     assert torch.equal(segments[first].latent, r.restorations[0].latent) and r.restorations[0].latent.any()
     segments[first] = Vae(torch.zeros_like(r.restorations[0].latent))
     with torch.no_grad(): empty = toy.model(pack([segments], toy.model.shape))
