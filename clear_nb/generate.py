@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'POLICIES', 'commit', 'prefill', 'draw', 'Turn', 'feed', 'Phrase', 'Ids', 'decode', 'Noise', 'Restoration',
            'join', 'Field', 'restore', 'branches', 'beginning', 'guide_caches', 'count', 'decode_pixels', 'reinject',
-           'Rollout', 'Sampling', 'phrase', 'generate']
+           'Rollout', 'Sampling', 'phrase', 'rules', 'room', 'generate']
 
 # %% ../nbs/lib/22_generate.ipynb #0f24f09d
 import copy
@@ -187,6 +187,7 @@ class Restoration:
     states: Tensor = None # (N, n, p²z) x at every grid time, when recorded
     times: Tensor = None # (N,) grid times
     sigma: float = 0.
+    segments: list = None # what carried it back into the context, when recorded; on the host
 
 # %% ../nbs/lib/22_generate.ipynb #40c85939
 def join(caches:list, # the first decides device and number format
@@ -327,6 +328,7 @@ class Rollout:
     turns: list = field(default_factory=list) # Turn, …
     restorations: list = field(default_factory=list) # Restoration, …
     texts: list = field(default_factory=list) # decoded turns
+    policy: str = 'adaptive' # one of POLICIES, under which the texts were drawn
 
     @property
     def parsed(self)->Parsed: return parse(self.texts)
@@ -358,11 +360,11 @@ class Sampling:
 @lru_cache(8)
 def phrase(tokenizer, text:str)->Phrase: return Phrase(tokenizer, text) # made once: it reads the whole vocabulary
 
-def _rules(model:ClearModel, s:Sampling, first:bool)->dict:
-    "Stop and ban phrases of a turn under a policy."
-    marker, answer = (phrase(model.tokenizer, t) for t in (MARKER, '<answer>'))
+def rules(tokenizer, policy:str, first:bool)->dict: # first: is it the first text?
+    "Stop and ban phrases of a text under a policy, as `decode` takes them."
+    marker, answer = (phrase(tokenizer, t) for t in (MARKER, '<answer>'))
     banned = dict(adaptive=[], never=[marker], always=[answer] if first else [])
-    return dict(stop=[marker], banned=banned[s.policy])
+    return dict(stop=[marker], banned=banned[policy])
 
 # %% ../nbs/lib/22_generate.ipynb #77766e4c
 def _back(model:ClearModel, zs:tuple, mode:str)->list: # zs: (z, h, w)
@@ -379,24 +381,24 @@ def _trail(model:ClearModel, r:Rollout, mode:str)->list:
     return out
 
 # %% ../nbs/lib/22_generate.ipynb #e35cfed6
-def _room(model:ClearModel, prompt:list, zs:tuple, s:Sampling)->int: # zs: shape of a restored latent, or None
+def room(model:ClearModel, prompt:list, zs:tuple, s:Sampling)->int: # zs: shape of a restored latent, or None
     "Slots that the longest possible trajectory of a prompt needs."
     start, text = count(prompt, model.shape), s.max_new + 2
     if zs is None: return start + text
     return start + text + s.max_restores*(text + count(_back(model, zs, s.mode), model.shape)) + tokens_of(Vae(torch.empty(zs)), model.shape)
 
 def _slots(model:ClearModel, prompts:list, shapes:list, s:Sampling)->int: # shapes: one per prompt
-    return max(_room(model, p, zs, s) for p, zs in zip(prompts, shapes))
+    return max(room(model, p, zs, s) for p, zs in zip(prompts, shapes))
 
 # %% ../nbs/lib/22_generate.ipynb #306dbf7f
 def _speak(model:ClearModel, cache:KVCache, out:list, live:list, n:int, s:Sampling, noise:Noise)->list: # places in `live` that ask on
     "Turn `n` of the live rollouts."
-    rules = _rules(model, s, n == 0)
-    turns = decode(model, cache, noise.uniform(live, n, s.max_new + 1), s.temperature, s.top_p, vocab=s.vocab, **rules)
+    rule = rules(model.tokenizer, s.policy, n == 0)
+    turns = decode(model, cache, noise.uniform(live, n, s.max_new + 1), s.temperature, s.top_p, vocab=s.vocab, **rule)
     for r, t in zip(live, turns):
         out[r].turns.append(t)
         out[r].texts.append(model.tokenizer.decode(t.ids))
-    return [i for i, t in enumerate(turns) if rules['stop'][0].said(t.ids)]
+    return [i for i, t in enumerate(turns) if rule['stop'][0].said(t.ids)]
 
 # %% ../nbs/lib/22_generate.ipynb #52567a9f
 def _restored(model:ClearModel, cache:KVCache, rolls:list, live:list, n:int, s:Sampling, noise:Noise, shapes:list, progress:bool)->list:
@@ -406,14 +408,21 @@ def _restored(model:ClearModel, cache:KVCache, rolls:list, live:list, n:int, s:S
     more = guide_caches(model, cache, [_trail(model, r, s.mode) for r in rolls], s.guidance) if s.guidance else {}
     return restore(model, cache, z, s.steps, s.shift, s.sigma, w, s.record, progress, **more)
 
+# %% ../nbs/lib/22_generate.ipynb #a4f5b7f5
+def _host(s): # a segment, with its tensors on the host
+    return replace(s, **{k: v.cpu() for k, v in vars(s).items() if isinstance(v, Tensor)})
+
 # %% ../nbs/lib/22_generate.ipynb #cbf198a8
 def _see(model:ClearModel, cache:KVCache, out:list, live:list, n:int, s:Sampling, noise:Noise, shapes:list, oracle, progress:bool):
     "Restoration `n` of the live rollouts, put back into their contexts."
     if oracle: done = [Restoration(oracle[r]) for r in live]
     else: done = _restored(model, cache, [out[r] for r in live], live, n, s, noise, [shapes[r] for r in live], progress)
     pixels = [None]*len(live) if s.mode == 'bridge' else decode_pixels(model, [d.latent for d in done])
-    prefill(model, cache, [reinject(model, d.latent, s.mode, x) for d, x in zip(done, pixels)])
-    for r, d in zip(live, done): out[r].restorations.append(d)
+    back = [reinject(model, d.latent, s.mode, x) for d, x in zip(done, pixels)]
+    prefill(model, cache, back)
+    for r, d, b in zip(live, done, back):
+        if s.record: d.segments = [_host(x) for x in b]
+        out[r].restorations.append(d)
 
 # %% ../nbs/lib/22_generate.ipynb #0926ae13
 def _loop(model:ClearModel, cache:KVCache, out:list, s:Sampling, noise:Noise, shapes:list, oracle, progress:bool):
@@ -458,6 +467,6 @@ def generate(model:ClearModel,
     s = sampling if shapes[0] else replace(sampling, max_restores=0, policy='never')
     cache = KVCache(model.mot.cfg, len(prompts), _slots(model, prompts, shapes, s), model.device, model.cache_dtype)
     prefill(model, cache, prompts)
-    out, each = [Rollout(prompts[i]) for i in rows.tolist()], lambda xs: [xs[i] for i in rows.tolist()]
+    out, each = [Rollout(prompts[i], policy=s.policy) for i in rows.tolist()], lambda xs: [xs[i] for i in rows.tolist()]
     _loop(model, select(cache, rows) if group > 1 else cache, out, s, noise or Noise(0), each(shapes), oracle and each(oracle), progress)
     return out
