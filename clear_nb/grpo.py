@@ -345,13 +345,15 @@ def behaviour(rollouts:list)->dict:
 
 # %% ../nbs/lib/32_grpo.ipynb #73974691
 def grpo_step(model:ClearModel, pool:Pool, cfg:Grpo, o:Objective, seed:int, step:int, judge=RuleJudge(), ref:ClearModel=None,
-              micro:int=None, chunk:int=None)->tuple: # scalar with the gradient of the step, numbers to log
+              micro:int=None, chunk:int=None, watch=None)->tuple: # scalar with the gradient of the step, numbers to log
     "Rollouts, rewards and the joint gradient of one update"
     clock, pairs = [time.perf_counter()], choose_pairs(pool, cfg.prompts, seed, step)
     rollouts = rollout_batch(model, pool, pairs, cfg, seed, step, chunk); clock.append(time.perf_counter())
     ask = [pool.items[i].questions[j] for i, j in pairs for _ in range(cfg.group)]
     weights = Weights(cfg.w_acc, cfg.w_fmt, cfg.w_dec)
-    table, logs = reward_table([score_rollout(r, q, judge, weights, cfg.rules) for r, q in zip(rollouts, ask)], cfg.group); clock.append(time.perf_counter())
+    outcomes = [score_rollout(r, q, judge, weights, cfg.rules) for r, q in zip(rollouts, ask)]
+    table, logs = reward_table(outcomes, cfg.group); clock.append(time.perf_counter())
+    if watch: watch(step, rollouts, ask, outcomes)
     samples, flat = make_samples(rollouts, table, Noise('grpo', seed, step), torch_rng('grpo steps', seed, step), o, model.shape.latent_patch)
     loss, details = collect(model, samples, o, ref, micro, f'grpo, step {step}'); clock.append(time.perf_counter())
     seconds = dict(zip(('s_rollout', 's_reward', 's_update'), np.diff(clock).tolist()))
@@ -362,6 +364,7 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
                preset:Preset, seed:int=0, acc=None, state:Path=None, # file to resume from
                judge=RuleJudge(), micro:int=None, # trajectories per piece of the update
                chunk:int=None, # questions per piece of the rollouts
+               watch=None, # called with step, rollouts, questions and outcomes, for example `watch.watcher(…)`
                **changes # fields of Objective: norm, scale, reduction, …
               )->list: # one dict per step
     "Stage 3 in place (paper §3.4); the ablations are options of `preset.grpo`"
@@ -369,5 +372,5 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
     o = Objective.of(cfg, **changes)
     freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
     ref = reference(model) if o.beta else None
-    return fit(model, lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk), cfg.steps, cfg.lr,
+    return fit(model, lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch), cfg.steps, cfg.lr,
                acc=acc, state=state, desc='grpo')

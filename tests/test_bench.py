@@ -14,7 +14,8 @@ import pytest
 from bench_rows import guess, picture, rows, slow
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, Refused, ServerAdapter
-from clear_nb.bench import OUTCOMES, _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
+from clear_nb.scoring import KINDS
+from clear_nb.bench import _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
 from clear_nb.bench_files import Sample
 from clear_nb.core import ROOT, rng
 from local_server import serving
@@ -160,7 +161,7 @@ def test_report_counts(tmp_path):
     run_bench(CallableAdapter(f), rows(severities=['hard']), tmp_path/'r', progress=False, content='h')
     table = report_bench(tmp_path/'r', tmp_path/'report')
     line = table[table.benchmark == 'b'].iloc[0]
-    assert [line[o] for o in OUTCOMES] == [2, 1, 1, 1, 1] and line.accuracy.mean == pytest.approx(100*2/5) and line.accuracy.n == 5 and line.rows == 6
+    assert [line[o] for o in KINDS] == [2, 1, 1, 1, 1] and line.accuracy.mean == pytest.approx(100*2/5) and line.accuracy.n == 5 and line.rows == 6
     note = json.loads((tmp_path/'report'/'bench.json').read_text())
     assert note['models'][0]['content'] == 'h' and note['models'][0]['pending'] == 1 and note['models'][0]['complete'] is False and 'UNFINISHED: f: 6 replies of 6 rows, 1 pending' in note['caption']
     wide = pd.read_csv(tmp_path/'report'/'bench.csv')
