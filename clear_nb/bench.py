@@ -185,6 +185,7 @@ def _protocols(samples:list, judge)->dict: # benchmark to protocol
         if out[name] == 'mmvet' and judge is None: out[name] = 'choice' if s.options else 'short'
     return out
 
+# %% ../nbs/lib/41_bench.ipynb #049ef9d2
 def _score(samples:list, replies:list, judge=None, compat:str=None)->pd.DataFrame: # as `scoring.score_rows`
     "Outcomes of rows; outages are pending."
     said = [None if r.kind == 'outage' else r.text for r in replies]
@@ -200,12 +201,13 @@ def read_results(out:Path, # folder of a run
     samples = [Sample(**json.loads(t)) for t in frame['sample']]
     replies = [Reply(r.reply if r.kind == 'answer' else None, r.kind, r.detail, r.seconds) for r in frame.itertuples()]
     rows = _score(samples, replies, judge, compat).rename(columns=dict(kind='outcome')).drop(columns=KEY)
-    return frame.drop(columns='kind').join(rows).assign(model=run['name']), run
+    return frame.join(rows).assign(model=run['name']), run
 
+# %% ../nbs/lib/41_bench.ipynb #d9c25464
 def units_of(rows:pd.DataFrame # of `read_results`
             )->pd.DataFrame:
     "What is counted: a question with all its rolls, else a row."
-    units = scoring.score_units(rows.rename(columns=dict(outcome='kind')))
+    units = scoring.score_units(rows.drop(columns='kind').rename(columns=dict(outcome='kind')))
     return units.rename(columns=dict(kind='outcome')).assign(severity=units.severity.astype(str))
 
 # %% ../nbs/lib/41_bench.ipynb #9131d62b
@@ -343,13 +345,14 @@ def _parser()->argparse.ArgumentParser:
     _options(kinds)
     return p
 
-# %% ../nbs/lib/41_bench.ipynb #0c4387eb
+# %% ../nbs/lib/41_bench.ipynb #9c745fec
 def _sound(rows, rejects:list)->Iterator: # Samples
     "Rows that can be asked; the others are appended to `rejects`."
     for r in rows:
         if isinstance(r, Reject): rejects.append(r)
         else: yield r
 
+# %% ../nbs/lib/41_bench.ipynb #0c4387eb
 def _samples(path:Path, severities, rejects:list)->tuple: # Samples, what identifies them
     "Rows of a built benchmark, or of a file with tab-separated rows. Raises FileNotFoundError and what `bench_files` raises."
     if not path.exists(): raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
