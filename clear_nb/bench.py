@@ -329,7 +329,10 @@ def _parser()->argparse.ArgumentParser:
 def _samples(path:Path, severities)->tuple: # Samples, content hash
     "Rows of a benchmark and what identifies them. Raises FileNotFoundError and what `bench_files` raises."
     if not path.exists(): raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
-    each = [bench_files.read_files(path, severity=s) for s in severities or [None]] # integration: clear_nb.bench_files
+    if path.is_file(): # integration: clear_nb.bench_files
+        rows = lambda: (s for s in bench_files.read_tsv(path) if isinstance(s, Sample)) # what is no Sample is a rejected row
+        return rows(), bench_files.content_hash(rows())
+    each = (bench_files.read_files(path, severity=s) for s in severities or [None])
     return (s for rows in each for s in rows), bench_files.read_info(path)['content_hash']
 
 # %% ../nbs/lib/41_bench.ipynb #125dc52c

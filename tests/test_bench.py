@@ -230,6 +230,16 @@ def test_command(data, tmp_path, capsys):
     assert len(frame) == 8 and run['content'] == 'c1' and run['settings']['instruction'] == 'Letter.'
 
 
+def test_command_file(data, tmp_path, monkeypatch):
+    "One file with rows; rejected rows are no Samples and are not asked."
+    monkeypatch.setattr(bench_files, 'read_tsv', lambda path: iter([*rows(severities=['hard']), 'a rejected row']), raising=False)
+    monkeypatch.setattr(bench_files, 'content_hash', lambda samples: f'c{len(list(samples))}', raising=False)
+    (tmp_path/'b.tsv').write_text('index')
+    assert main(command(tmp_path/'b.tsv', tmp_path)) == 0
+    frame, run = read_results(tmp_path/'run')
+    assert len(frame) == 6 and run['content'] == 'c6'
+
+
 def test_command_pending(data, tmp_path, capsys, monkeypatch):
     "Status 1 and one sentence while rows are pending."
     monkeypatch.setattr(sys.modules['bench_rows'], 'guess', lambda picture, prompt: None, raising=False)
