@@ -1,4 +1,5 @@
 """A run that is killed, split or half heard gives the same results as one that is not."""
+import base64
 import json
 import os
 import signal
@@ -229,6 +230,17 @@ def test_command(data, tmp_path, capsys):
     assert '| python' not in said and '| bench_rows:guess | b | low | 4 |' in said and (tmp_path/'run'/'bench.png').exists()
     frame, run = read_results(tmp_path/'run')
     assert len(frame) == 8 and run['content'] == 'c1' and run['settings']['instruction'] == 'Letter.'
+
+
+def test_command_file(tmp_path, capsys):
+    "A file with tab-separated rows; a faulty row is named and not asked, the others are."
+    picture = base64.b64encode(rows()[0].image).decode()
+    lines = ['index\timage\tquestion\tA\tB\tanswer', *(f'{k}\t{picture}\tIs it {k}?\tred\tNone\tA' for k in range(3)), '9\tnot a picture at all, but longer than a pointer, which has at most 64 signs\tWhat?\tx\ty\tA']
+    (tmp_path/'MMStar.tsv').write_text('\n'.join(lines) + '\n')
+    assert main(command(tmp_path/'MMStar.tsv', tmp_path)) == 0
+    frame, run = read_results(tmp_path/'run')
+    assert len(frame) == 3 and run['rows'] == 3 and set(frame.benchmark) == {'MMStar'} and len(run['content']) == 64
+    assert 'row 4 (index 9) left out: unreadable base64' in capsys.readouterr().err
 
 
 def test_command_pending(data, tmp_path, capsys, monkeypatch):
