@@ -119,7 +119,7 @@ def train_base(model:ClearModel, p:Pool, preset:Preset, seed:int=0, acc=None, st
     acc, b = acc or accelerator(), preset.base
     freeze(model.to(acc.device), 'vae.')
     return fit(model, lambda step: base_loss(model, *base_batch(model, p, preset, seed, step)), b.steps, b.lr, b.warmup,
-               weight_decay=.01, acc=acc, state=state, desc='base')
+               ema=b.ema, weight_decay=.01, acc=acc, state=state, desc='base')
 
 # %% ../nbs/lib/27_base.ipynb #05a449e8
 KILLERS = ('lens_blur', 'motion_blur', 'atmospheric_turbulence', 'dark_illumination', 'scan_lines')

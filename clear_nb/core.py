@@ -99,6 +99,7 @@ class Base:
     vae_steps:int; vae_batch:int; vae_lr:float # the codec, trained first
     steps:int; batch:int; lr:float; warmup:int # the language model and the generator
     restore_share:float # pictures to restore per picture to ask about
+    ema:float = 0. # decay of the averaged weights; 0: the last ones
 
 # %% ../nbs/lib/00_core.ipynb #eb3fd107
 @dataclass(frozen=True)
