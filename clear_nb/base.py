@@ -76,13 +76,13 @@ EARLY = .35 # share of the steps with a caption in every row
 THINK = .5 # share of the steps after which every other question asks for a thought
 CAPTION = .3 # chance of a caption afterwards
 
-def vqa_sample(tok, p:Pool, i:int, inputs:str, n:int, g:np.random.Generator, caption:bool=True, think:bool=False)->list:
-    "A clean picture, `n` of its questions with answers (with a thought for every other one if `think`), and its caption, as branches"
+def vqa_sample(tok, p:Pool, i:int, inputs:str, n:int, g:np.random.Generator, caption:bool=True, think:bool=False, aloud=thought)->list:
+    "A clean picture, `n` of its questions with answers (`aloud`, with a thought, for every other one if `think`), and its caption, as branches"
     it, out = p.items[i], context(p, i, inputs, 'clean')
     for b, j in enumerate(g.permutation(len(it.questions))[:n], 1):
-        q, aloud = it.questions[j], think and g.random() < .5
-        said = thought(q, g) if aloud else reply(q)
-        out += [Text(ask_ids(tok, q, aloud), branch=b), Text(ids(tok, said), loss=True, branch=b)]
+        q, thinks = it.questions[j], think and g.random() < .5
+        said = aloud(q, g) if thinks else reply(q)
+        out += [Text(ask_ids(tok, q, thinks), branch=b), Text(ids(tok, said), loss=True, branch=b)]
     return out + ([Text(ids(tok, it.caption), loss=True, branch=n + 1)] if caption and it.caption else [])
 
 # %% ../nbs/lib/27_base.ipynb #6458a58a

@@ -10,20 +10,19 @@ import numpy as np, torch
 from .core import Preset, rng, torch_rng
 from .data import Pool
 from .model import ClearModel, freeze
-from .sft import by_image, sft_loss, sft_row
+from .sft import by_image, sft_loss, stage_rows
 from .train import accelerator, fit
 
 # %% ../nbs/lib/30_bridge.ipynb #be82f2e4
 def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
-                 own:dict, # image -> latents the model restored itself (sft.own_restorations)
-                 seed:int=0, acc=None, state=None)->list:
+                 own:dict, # image -> latents the model restored itself (data.own_restorations)
+                 seed:int=0, replayed:Pool=None, # replayed: of `sft.replay_pool`
+                 acc=None, state=None)->list:
     "Stage 2 in place; returns the history"
     acc, b, s = acc or accelerator(), preset.bridge, preset.sft
     groups = by_image(examples)
     freeze(model.to(acc.device), 'vae.', 'vit_model.')
     def loss(step):
         g, t = rng('bridge', seed, step), torch_rng('bridge', seed, step)
-        chosen = [groups[k] for k in g.integers(len(groups), size=b.batch)]
-        rows = [sft_row(model.tokenizer, p, [m[k] for k in g.permutation(len(m))[:s.per_row]], g, t, s, 'both', own, 1., False) for m in chosen]
-        return sft_loss(model, rows, s.lambda_mse, 0.)
+        return sft_loss(model, stage_rows(model, p, groups, replayed, preset, b.batch, g, t, 'both', own, 1., False), s.lambda_mse, 0.)
     return fit(model, loss, b.steps, b.lr, b.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, desc='bridge')

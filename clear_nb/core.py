@@ -113,6 +113,7 @@ class Sft:
     balance:bool = True # as many direct as restore examples (App. C)
     per_row:int = 2 # examples of one picture that share a row
     own:float = 0.5 # chance that a restored latent of the model's own stands where the clean one would
+    replay:float = 0. # share of the rows that repeat stage 0, in stages 1 and 2
 
 # %% ../nbs/lib/00_core.ipynb #177e9301
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ MODULES = [p for p in sorted((ROOT/'clear_nb').glob('*.py')) if not p.name.start
 MAY_IMPORT = {
     'core': [], 'paper': ['core'], 'images': ['core'], 'degrade': ['core'], 'scenes': ['core'], 'flow': ['core'], 'vae': ['core'],
     'vit': ['core'], 'mot': ['core'], 'trajectory': ['core', 'vae', 'vit', 'mot'], 'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
-    'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['train', 'data', 'reward'],
+    'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['base', 'train', 'data', 'reward'],
     'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'judge': ['reward', 'core'], 'grpo': ['train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
     'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core'],
