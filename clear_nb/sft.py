@@ -10,7 +10,7 @@ __all__ = ['REPLAYED', 'KINDS', 'make_examples', 'by_image', 'example_segments',
 from dataclasses import replace
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .base import base_items, restore_sample, vqa_sample
+from .base import base_items, later_sample, restore_sample, vqa_sample
 from .core import Preset, rng, torch_rng
 from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, pool, write_trace
 from .flow import sample_time
@@ -75,10 +75,12 @@ def clean_trace(q, g:np.random.Generator)->str:
     return write_trace(q, '', 'clean', False, g)[0]
 
 def replay_rows(tok, p:Pool, n:int, preset:Preset, g:np.random.Generator, t:torch.Generator, inputs:str='both')->list: # n rows
-    "Rows of stage 0: clean questions, and pictures to restore in the preset's proportion"
+    "Rows of stage 0: clean questions, half of them asked before the picture is shown, and pictures to restore"
     restored = round(n*preset.base.restore_share/(1 + preset.base.restore_share))
     pick, ask = g.integers(len(p), size=n), preset.data.questions_per_image
-    return [*(vqa_sample(tok, p, i, inputs, ask, g, False, True, clean_trace) for i in pick[restored:]),
+    early, late = pick[restored::2], pick[restored + 1::2]
+    return [*(vqa_sample(tok, p, i, inputs, ask, g, False, True, clean_trace) for i in early),
+            *(later_sample(tok, p, i, int(g.integers(len(p))), 3, g) for i in late),
             *(restore_sample(p, i, 3, t) for i in pick[:restored])]
 
 # %% ../nbs/lib/28_sft.ipynb #07335299
