@@ -360,6 +360,15 @@ def _step(planes, # (5, h+1, w) int32: row, column and colour of each pixel, the
         goes_on[p] = moved > 0 and moved+(out[p, 2]-r)**2+(out[p, 3]-g)**2+(out[p, 4]-b)**2 > 1
     return out, goes_on
 
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c17
+def _layout(img:np.ndarray, reach:float)->tuple: # planes, slots, spans
+    "What `_step` needs to know of an image and a spatial radius."
+    h, w = img.shape[:2]
+    slots = _slots(*_window(h, reach))
+    planes = np.full((5, h+1, w), 9999, np.int32)
+    planes[:2, :h], planes[2:, :h] = np.indices((h, w)), img.transpose(2, 0, 1)
+    return planes, slots, np.stack(_window(w, reach), 1)*slots.shape[1]
+
 # %% ../nbs/lib/06_degrade.ipynb #5b1f0c08
 @lru_cache(1)
 def _compiled_step():
@@ -370,16 +379,10 @@ def _compiled_step():
 
 # %% ../nbs/lib/06_degrade.ipynb #5b1f0c09
 def _settle(img:np.ndarray, # (h, w, 3) uint8
-            mask:np.ndarray, # (h, w) bool, pixels to move
-            reach:float, # spatial radius in pixels
-            r2:int, # squared colour radius
+            mask:np.ndarray, reach:float, r2:int # (h, w) bool, pixels to move; spatial radius; squared colour radius
            )->np.ndarray: # (n, 3) uint8, one row per pixel of mask
     "Colours at which the pixels arrive in up to five steps."
-    h, w = mask.shape
-    slots = _slots(*_window(h, reach))
-    spans = np.stack(_window(w, reach), 1)*slots.shape[1]
-    planes = np.full((5, h+1, w), 9999, np.int32)
-    planes[:2, :h], planes[2:, :h] = np.indices((h, w)), img.transpose(2, 0, 1)
+    planes, slots, spans = _layout(img, reach)
     state = np.hstack([np.argwhere(mask), img[mask]]).astype(np.int32)
     order = np.arange(len(state))
     for _ in range(5):
@@ -389,15 +392,12 @@ def _settle(img:np.ndarray, # (h, w, 3) uint8
     return state[:, 2:].astype(np.uint8)
 
 # %% ../nbs/lib/06_degrade.ipynb #5b1f0c14
-def _near_edges(coarse:np.ndarray, # (h, w, 3) uint8, filtered at half size
-                shape:tuple, # of the full image
-                r2:int, # squared colour radius
-               )->np.ndarray: # bool
-    "Pixels of the full image that lie at an edge of the coarse one."
+def _near_edges(coarse:np.ndarray, shape:tuple, r2:int)->np.ndarray: # (h, w) bool
+    "Pixels of a full image of this shape that lie at an edge of the coarse result."
     h, w, mask = *coarse.shape[:2], np.zeros(shape[:2], np.uint8)
     if min(h, w) < 3: return mask.astype(bool)
-    inner, edge, c = coarse[1:-1, 1:-1].astype(int), False, coarse.astype(int)
-    for y, x in np.ndindex(3, 3): edge |= ((c[y:y+h-2, x:x+w-2]-inner)**2).sum(-1) >= max(r2, 16)
+    c, edge = coarse.astype(int), False
+    for y, x in np.ndindex(3, 3): edge |= ((c[y:y+h-2, x:x+w-2]-c[1:-1, 1:-1])**2).sum(-1) >= max(r2, 16)
     mask[3:2*h-2:2, 1:2*w-4:2] = edge
     return cv2.dilate(mask, None).astype(bool)
 
@@ -405,8 +405,7 @@ def _near_edges(coarse:np.ndarray, # (h, w, 3) uint8, filtered at half size
 @_register('transmission', deterministic=True)
 def mean_shift(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     "Posterised patches, equal to OpenCV's."
-    radius = int(40*i)
-    reach = radius if s == 1 else max(1., radius*s)
+    radius, reach = int(40*i), int(40*i) if s == 1 else max(1., int(40*i)*s)
     if reach < 5: return cv2.pyrMeanShiftFiltering(img, reach, radius)
     half = cv2.pyrDown(img)
     coarse = _settle(half, np.ones(half.shape[:2], bool), reach/2, radius**2).reshape(half.shape)
