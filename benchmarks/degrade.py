@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/degrade.py --size 512 --out degrade.json
 
-A synthetic photo. Fast and plain run in turns in one process with one OpenCV thread, and change places each round; processor seconds are counted. Workers are timed by the clock, so nothing else should run. Only ratios carry over to other machines.
+A synthetic photo. Fast and plain run in turns in one process with one OpenCV thread, and change places each round; processor seconds are counted, without the first call, which compiles mean shift. Workers are timed by the clock, so nothing else should run. Only ratios carry over to other machines.
 """
 import argparse, json, statistics, time, warnings
 from pathlib import Path

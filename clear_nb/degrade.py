@@ -304,12 +304,114 @@ def block_exchange(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
     for (r, c), (r2, c2) in source.items(): out[r*b:r*b+b, c*b:c*b+b] = img[r2*b:r2*b+b, c2*b:c2*b+b]
     return out
 
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c01
+def _window(n:int, # rows or columns of the image
+            reach:float, # spatial radius in pixels
+           )->tuple: # two (n,) arrays
+    "First and one past the last row of the window around each row, cut at the border, halves rounded to even as in OpenCV."
+    k, reach = np.arange(n, dtype=np.float32), np.float32(max(1, reach))
+    return np.maximum(np.rint(k-reach), 0).astype(int), np.minimum(np.rint(k+reach), n-1).astype(int)+1
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c04
+def _slots(top:np.ndarray, end:np.ndarray # (h,) first row of each window and one past its last
+          )->np.ndarray: # (h, d) image row in each slot of the band; h where none is needed
+    "Which rows the band around each row holds."
+    d, top = (end-top).max(), top[:, None]
+    rows = top+(np.arange(d)-top)%d
+    return np.where(rows < end[:, None], rows, len(end))
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c07
+def _step(planes, # (5, h+1, w) int32: row, column and colour of each pixel, then the row of impossible colour
+          state, # (n, 5) int32: row, column and colour of each moving point
+          order, # indices into state, sorted by row
+          slots, # (h, d) from `_slots`
+          spans, # (w, 2) where the window around a column begins and ends in the band
+          r2): # int32, squared colour radius
+    "State of all points after those of `order` took one step, and which go on; for numba."
+    w, d = planes.shape[2], slots.shape[1]
+    band, held = np.empty((5, w*d+64), np.int32), np.full(d, -1)
+    out, goes_on, met, row = state.copy(), np.zeros(len(state), np.bool_), np.full(w, -1), -1
+    for p in order:
+        y, x, r, g, b = state[p, 0], state[p, 1], state[p, 2], state[p, 3], state[p, 4]
+        if y != row: # next band
+            row, met[:] = y, -1
+            for k in range(d):
+                if held[k] == slots[y, k]: continue
+                held[k] = slots[y, k]
+                for c in range(5):
+                    for u in range(w): band[c, u*d+k] = planes[c, held[k], u]
+        q, met[x] = met[x], p
+        if q >= 0 and state[q, 2] == r and state[q, 3] == g and state[q, 4] == b: # q was here
+            goes_on[p] = goes_on[q]
+            for c in range(5): out[p, c] = out[q, c]
+            continue
+        a, n = spans[x, 0], np.int32(spans[x, 1]-spans[x, 0])
+        e = a+(n+63)//64*64
+        ys, xs, rs, gs, bs = band[0, a:e], band[1, a:e], band[2, a:e], band[3, a:e], band[4, a:e]
+        count = sy = sx = sr = sg = sb = np.int32(0)
+        for k in range(e-a):
+            dr, dg, db = np.int32(rs[k]-r), np.int32(gs[k]-g), np.int32(bs[k]-b)
+            near = np.int32(-np.int32(np.int32(dr*dr+dg*dg+db*db) <= r2 and np.int32(k) < n)) # all bits set, or none
+            count, sy, sx = np.int32(count-near), np.int32(sy+(near & ys[k])), np.int32(sx+(near & xs[k]))
+            sr, sg, sb = np.int32(sr+(near & rs[k])), np.int32(sg+(near & gs[k])), np.int32(sb+(near & bs[k]))
+        if count == 0: continue
+        for c, total in enumerate((sy, sx, sr, sg, sb)): out[p, c] = np.rint(total*(1/count))
+        moved = abs(out[p, 0]-y)+abs(out[p, 1]-x)
+        goes_on[p] = moved > 0 and moved+(out[p, 2]-r)**2+(out[p, 3]-g)**2+(out[p, 4]-b)**2 > 1
+    return out, goes_on
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c17
+def _layout(img:np.ndarray, reach:float)->tuple: # planes, slots, spans
+    "What `_step` needs to know of an image and a spatial radius."
+    h, w = img.shape[:2]
+    slots = _slots(*_window(h, reach))
+    planes = np.full((5, h+1, w), 9999, np.int32)
+    planes[:2, :h], planes[2:, :h] = np.indices((h, w)), img.transpose(2, 0, 1)
+    return planes, slots, np.stack(_window(w, reach), 1)*slots.shape[1]
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c08
+@lru_cache(1)
+def _compiled_step():
+    "`_step` as machine code, kept beside the module or in the user's cache folder; compiled anew where neither can be written."
+    import numba
+    try: return numba.njit(cache=True, nogil=True)(_step)
+    except RuntimeError: return numba.njit(nogil=True)(_step) # numba found no folder to write in
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c09
+def _settle(img:np.ndarray, # (h, w, 3) uint8
+            mask:np.ndarray, reach:float, r2:int # (h, w) bool, pixels to move; spatial radius; squared colour radius
+           )->np.ndarray: # (n, 3) uint8, one row per pixel of mask
+    "Colours at which the pixels arrive in up to five steps."
+    planes, slots, spans = _layout(img, reach)
+    state = np.hstack([np.argwhere(mask), img[mask]]).astype(np.int32)
+    order = np.arange(len(state))
+    for _ in range(5):
+        state, goes_on = _compiled_step()(planes, state, order, slots, spans, np.int32(r2))
+        order = np.flatnonzero(goes_on)
+        order = order[np.argsort(state[order, 0], kind='stable')]
+    return state[:, 2:].astype(np.uint8)
+
+# %% ../nbs/lib/06_degrade.ipynb #5b1f0c14
+def _near_edges(coarse:np.ndarray, shape:tuple, r2:int)->np.ndarray: # (h, w) bool
+    "Pixels of a full image of this shape that lie at an edge of the coarse result."
+    h, w, mask = *coarse.shape[:2], np.zeros(shape[:2], np.uint8)
+    if min(h, w) < 3: return mask.astype(bool)
+    c, edge = coarse.astype(int), False
+    for y, x in np.ndindex(3, 3): edge |= ((c[y:y+h-2, x:x+w-2]-c[1:-1, 1:-1])**2).sum(-1) >= max(r2, 16)
+    mask[3:2*h-2:2, 1:2*w-4:2] = edge
+    return cv2.dilate(mask, None).astype(bool)
+
 # %% ../nbs/lib/06_degrade.ipynb #a538dce7
 @_register('transmission', deterministic=True)
 def mean_shift(img:np.ndarray, i:float, rng, s:float)->np.ndarray:
-    "Posterised patches."
-    radius = int(40*i)
-    return cv2.pyrMeanShiftFiltering(img, radius if s == 1 else max(1., radius*s), radius)
+    "Posterised patches, equal to OpenCV's."
+    radius, reach = int(40*i), int(40*i) if s == 1 else max(1., int(40*i)*s)
+    if reach < 5: return cv2.pyrMeanShiftFiltering(img, reach, radius)
+    half = cv2.pyrDown(img)
+    coarse = _settle(half, np.ones(half.shape[:2], bool), reach/2, radius**2).reshape(half.shape)
+    out, mask = cv2.pyrUp(coarse, dstsize=img.shape[1::-1]), _near_edges(coarse, img.shape, radius**2)
+    out[mask] = _settle(img, mask, reach, radius**2)
+    return out
 
 # %% ../nbs/lib/06_degrade.ipynb #a7ed167b
 @_register('transmission', deterministic=True)
