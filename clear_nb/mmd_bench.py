@@ -73,8 +73,9 @@ def asked(benchmark:str, severity:str, # one of BENCHMARKS; one of LEVELS
     if severity not in LEVELS: raise ValueError(f'unknown severity {severity!r}: {closest(severity, LEVELS)}')
     clean = {s.index: s for s in clean_samples(benchmark, n, seed)}
     if severity == 'clean': return [Row(s, s) for s in clean.values()]
-    path, names = files(benchmark, n, folder, seed, design, **kw), dg.CORRUPTIONS if design == 'full' else [None]
-    return [Row(s, clean[s.index]) for c in names for s in read_files(path, severity, c)]
+    found, order = list(read_files(files(benchmark, n, folder, seed, design, **kw), severity)), list(dg.CORRUPTIONS)
+    if design == 'full': found.sort(key=lambda s: order.index(s.corruption)) # questions stay in their order
+    return [Row(s, clean[s.index]) for s in found]
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #f1460981
 def item_ids(rows:list)->str:
