@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'LEVELS', 'PROTOCOLS', 'LETTERS', 'SUBJECTS', 'FIRST', 'DIRECT_TOKENS', 'CODE', 'clean_samples', 'files',
-           'Row', 'asked', 'item_ids', 'version', 'bits', 'result', 'Subject', 'chosen', 'question', 'noise_level',
-           'classical', 'sampling', 'read', 'ask', 'evaluate', 'run_subject', 'signature', 'checkpoint', 'variant',
-           'evaluate_all', 'recorded', 'per_corruption']
+           'Row', 'asked', 'item_ids', 'version', 'bits', 'results', 'Subject', 'chosen', 'question', 'noise_level',
+           'classical', 'sampling', 'read', 'ask', 'answered', 'evaluate', 'run_subject', 'signature', 'checkpoint',
+           'variant', 'evaluate_all', 'recorded', 'per_corruption']
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #fa8f9e39
 import ast, hashlib, json, re
@@ -20,7 +20,7 @@ import cv2
 import numpy as np, pandas as pd, torch
 from tqdm.auto import tqdm
 from . import degrade as dg, scenes
-from .bench_files import Sample, build_files, content_hash, from_scenes, read_files, read_info, verify
+from .bench_files import Rows, Sample, build_files, content_hash, from_scenes, read_files, read_info, verify
 from .core import PATHS, Clock, Eval, Preset, closest, file_hash, find_stage, read_records, write_record
 from .data import Item, Pool, encode, own_restorations, prompts
 from .generate import Noise, Sampling, decode_pixels, generate
@@ -35,12 +35,15 @@ PROTOCOLS = {b: 'short' if b == 'mmvet' else protocol_of(b) for b in BENCHMARKS}
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #5513119b
 @lru_cache(16)
+def _source(benchmark:str, n:int, seed:int)->Rows: return from_scenes(benchmark, n, seed) # scenes are drawn once per process
+
+@lru_cache(16)
 def clean_samples(benchmark:str, # one of BENCHMARKS
                   n:int, # outcomes
                   seed:int=0, # of the questions
                  )->tuple: # bench_files.Samples of the test split
     "Clean pictures with questions; ValueError for an unknown benchmark or n < 1."
-    return tuple(from_scenes(benchmark, n, seed))
+    return tuple(_source(benchmark, n, seed))
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #72bd6563
 def _digest(parts)->str: # parts: bytes-like or text
@@ -56,7 +59,7 @@ def files(benchmark:str, n:int, folder, # folder: where the benchmarks are kept
     "Corrupted versions of a benchmark, made where they are not there yet; ValueError for bad names and damaged files."
     code = [file_hash(PATHS.package/f'{m}.py') for m in ('scenes', 'degrade', 'bench_files')]
     out = Path(folder)/f'{benchmark}-{design}-{_digest([json.dumps([n, seed, code])])}'
-    info = build_files(from_scenes(benchmark, n, seed), out, design, seed=seed, relative=True, by_group=True, workers=workers, progress=False)
+    info = build_files(_source(benchmark, n, seed), out, design, seed=seed, relative=True, by_group=True, workers=workers, progress=False)
     if info['rejects']: raise ValueError(f"{out}: rows are missing, {info['rejected']}; a model would be asked other questions than before")
     verify(out)
     return out
@@ -91,31 +94,32 @@ LETTERS = dict(zip(['', *dg.CORRUPTIONS], '.abcdefghijklmnop')) # a corruption i
 
 def bits(values)->str: return ''.join('01'[bool(v)] for v in values)
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #f6f5c6d2
-def _first_rows(seen:list, units:pd.DataFrame)->np.ndarray: # place of the row that a unit is named after
-    place = {(s.index, s.corruption): k for k, s in enumerate(seen)}
-    return np.array([place[k] for k in zip(units.unit, units.corruption)], int)
-
+# %% ../nbs/lib/36_mmd_bench.ipynb #aa2430c8
 def _pairs(rows:pd.DataFrame)->str|None: # is every picture of a pair right?
-    if rows.benchmark[0] != 'mmvp': return None
+    if rows.benchmark.iloc[0] != 'mmvp': return None
     return bits(rows.groupby(['corruption', 'group'], sort=False).value.min())
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #9afeefb2
-def result(rows:list, # as asked, of one benchmark at one severity
-           said:list, # text of each answer
-           restored:list|None, # did the row restore? None for a model that cannot
-          )->dict: # what the record keeps
-    "Outcomes as strings of 0 and 1, trigger and corruption those of the outcome's first row; see below."
+def _ordered(seen:list, units:pd.DataFrame)->pd.DataFrame: # units by the row they are named after, whose place is `first`
+    place = {(s.index, s.corruption): k for k, s in enumerate(seen)}
+    return units.assign(first=[place[k] for k in zip(units.unit, units.corruption)]).sort_values('first')
+
+# %% ../nbs/lib/36_mmd_bench.ipynb #0b7749e9
+def _cell(rows:list, restored:list|None, scored:pd.DataFrame, units:pd.DataFrame)->dict: # scored, units: of these rows
     seen = [r.seen for r in rows]
-    scored = score_rows(seen, said, protocol=PROTOCOLS, progress=False)
-    units = score_units(scored)
-    place = _first_rows(seen, units)
-    first, order = np.sort(place), np.argsort(place)
-    return dict(correct=bits(units.value.to_numpy()[order] == 1), trigger=None if restored is None else bits(restored[k] for k in first),
-                item_ids=item_ids(rows), version=version(rows), corruption=''.join(LETTERS[seen[k].corruption] for k in first),
+    units = _ordered(seen, units)
+    return dict(correct=bits(units.value == 1), trigger=None if restored is None else bits(restored[k] for k in units['first']),
+                item_ids=item_ids(rows), version=version(rows), corruption=''.join(LETTERS[c] for c in units.corruption),
                 variants=len(seen)//len({s.index for s in seen}), pairs=_pairs(scored),
                 questions=len(rows), accuracy=100*float(scored.value.mean()), triggered=None if restored is None else int(sum(restored)),
                 **{k: int((scored.kind == k).sum()) for k in ('unparsable', 'refused')})
+
+def results(cells:list # (rows as asked, text of each answer, did the row restore? or None for a model that cannot), one benchmark at one severity each
+           )->list: # dicts, see below
+    "What a record keeps: outcomes as strings of 0 and 1, trigger and corruption those of the outcome's first row."
+    scored = score_rows([r.seen for rows, *_ in cells for r in rows], [t for _, said, _ in cells for t in said], protocol=PROTOCOLS, progress=False)
+    units = score_units(scored)
+    part = lambda t, s: t[(t.benchmark == s.benchmark) & (t.severity == s.severity)]
+    return [_cell(rows, restored, *(part(t, rows[0].seen) for t in (scored, units))) for rows, _, restored in cells]
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #b1382746
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def _filtered(model, p:Pool, ev:Eval, seed:int)->torch.Tensor: # (n, 3, H, W) ui
 # %% ../nbs/lib/36_mmd_bench.ipynb #193c9d34
 def _generator(model:ClearModel, p:Pool, ev:Eval, seed:int)->torch.Tensor: # (n, 3, H, W) uint8
     "The model's own restorations, decoded."
-    own = own_restorations(model, replace(p, clean_z=p.seen_z), range(len(p)), ev.denoise_steps, ev.shift, 1, seed, ev.batch)
+    own = own_restorations(model, replace(p, clean_z=p.seen_z), range(len(p)), ev.denoise_steps, ev.shift, 1, seed, ev.batch, False)
     latents = torch.cat([own[i] for i in range(len(p))]).split(ev.batch)
     return torch.cat([((decode_pixels(model, z).float().cpu()+1)*127.5).round().to(torch.uint8) for z in latents])
 
@@ -233,8 +237,13 @@ def read(texts:list, kind:str)->str:
     return parse(texts).answer if kind == 'trace' else texts[-1].strip()
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #a0729fce
-def ask(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, max_new:int=64, acc=None, memo:dict|None=None, progress:bool=True)->list:
-    "Rollouts of all rows, in their order; arguments as in `evaluate`."
+def ask(model:ClearModel, rows:list, # of one benchmark at one severity
+        subject:Subject, ev:Eval, seed:int=0,
+        max_new:int=64, # tokens per text
+        acc=None, # accelerate.Accelerator whose autocast is used
+        memo:dict|None=None, # keeps latents between subjects
+        progress:bool=True)->list:
+    "Rollouts of all rows, in their order."
     p, pairs = _pool(model, rows, subject, ev, seed, memo)
     given = dict(generated=None, clean=p.clean_z, seen=p.seen_z)[subject.returns]
     s, family, out = sampling(subject, ev, max_new), rows[0].seen.benchmark, []
@@ -245,28 +254,30 @@ def ask(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, max_n
             out += generate(model, prompts(model.tokenizer, p, part, subject.inputs, subject.kind == 'trace'), s, Noise('mmd', seed, family, first=k), oracle=oracle)
     return out
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #c258dce0
-def evaluate(model:ClearModel, rows:list, # of one benchmark at one severity
-             subject:Subject, ev:Eval, seed:int=0,
-             max_new:int=64, # tokens per text
-             acc=None, # accelerate.Accelerator whose autocast is used
-             memo:dict|None=None, # keeps latents between subjects
-             progress:bool=True)->dict:
-    "Ask every row and score the answers: see `result`, plus the seconds it took."
-    with Clock() as clock: done = ask(model, rows, subject, ev, seed, max_new, acc, memo, progress)
-    restored = [bool(r.restorations) for r in done] if subject.restores else None
-    return dict(result(rows, [read(r.texts, subject.kind) for r in done], restored), seconds=clock.seconds)
+# %% ../nbs/lib/36_mmd_bench.ipynb #18f6cf4b
+def answered(model:ClearModel, rows:list, # of one benchmark at one severity
+             subject:Subject, ev:Eval, seed:int=0, **kw # of `ask`
+            )->tuple: # rows, text of each answer, did it restore? (None for a subject that cannot)
+    "A cell for `results`."
+    done = ask(model, rows, subject, ev, seed, **kw)
+    return rows, [read(r.texts, subject.kind) for r in done], [bool(r.restorations) for r in done] if subject.restores else None
+
+def evaluate(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, **kw)->dict:
+    "Ask one benchmark at one severity and score the answers: see `results`."
+    return results([answered(model, rows, subject, ev, seed, **kw)])[0]
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #a70fb4e5
 def run_subject(model:ClearModel, subject:Subject, preset:Preset, seed:int, folder, # folder: of the benchmarks
                 design:str='mixed', acc=None, progress:bool=True, memo:dict|None=None)->dict: # metrics of the record
     "All benchmarks at all severities of a subject."
-    todo = [(b, s) for b in BENCHMARKS for s in subject.severities if s in preset.eval.severities]
-    scores, bar = {b: {} for b in BENCHMARKS}, tqdm(todo, subject.name, disable=not progress)
-    for b, s in bar:
-        rows = asked(b, s, preset.eval.n, folder, design=design)
-        scores[b][s] = evaluate(model, rows, subject, preset.eval, seed, preset.grpo.max_new_tokens, acc=acc, memo=memo, progress=False)
-        bar.set_postfix_str(f"{b} {s} {100*scores[b][s]['correct'].count('1')/len(scores[b][s]['correct']):.1f} %")
+    scores, levels = {}, [s for s in subject.severities if s in preset.eval.severities]
+    for b in tqdm(BENCHMARKS, subject.name, disable=not progress):
+        cells, clocks = [], []
+        for s in levels:
+            with Clock() as clock: cells.append(answered(model, asked(b, s, preset.eval.n, folder, design=design), subject, preset.eval, seed,
+                                                         max_new=preset.grpo.max_new_tokens, acc=acc, memo=memo, progress=False))
+            clocks.append(clock.seconds)
+        scores[b] = {s: dict(c, seconds=t) for s, c, t in zip(levels, results(cells) if cells else [], clocks)}
     hashes = {b: read_info(files(b, preset.eval.n, folder, design=design))['content_hash'] for b in BENCHMARKS}
     return dict(scores={subject.name: scores}, subject=asdict(subject), design=design, content_hash=hashes, corruptions=list(dg.CORRUPTIONS))
 

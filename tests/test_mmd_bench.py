@@ -28,7 +28,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('benchmarks')
 def asked(folder): return lambda benchmark, severity, n, **kw: mb.asked(benchmark, severity, n, folder, **kw)
 
 
-def without_time(cell): return {k: v for k, v in cell.items() if k != 'seconds'}
+def result(*cell): return mb.results([cell])[0]
 
 
 def answers(rows): return [r.seen.answer for r in rows]
@@ -89,10 +89,10 @@ def test_full_design(asked):
     assert len(rows) == 2*4*16 and Counter(r.seen.corruption for r in rows) == dict.fromkeys(degrade.CORRUPTIONS, 8)
     clean = asked('mmbench', 'clean', 2, design='full')
     said = [r.seen.answer if r.seen.group == '0' or r.seen.corruption == 'graffiti' else 'Z' for r in rows]
-    cell = mb.result(rows, said, [r.seen.corruption == 'graffiti' for r in rows])
-    assert len(clean) == 8 and cell['item_ids'] == mb.result(clean, answers(clean), None)['item_ids'] and cell['variants'] == 16
+    cell = result(rows, said, [r.seen.corruption == 'graffiti' for r in rows])
+    assert len(clean) == 8 and cell['item_ids'] == result(clean, answers(clean), None)['item_ids'] and cell['variants'] == 16
     assert cell['corruption'] == ''.join(2*c for c in 'abcdefghijklmnop') and cell['correct'] == '10'*14+'11'+'10' and cell['refused'] == 4*15
-    record = dict(seed=0, metrics=dict(scores=dict(toy=dict(mmbench=dict(low=cell, clean=mb.result(clean, answers(clean), None))))))
+    record = dict(seed=0, metrics=dict(scores=dict(toy=dict(mmbench=dict(low=cell, clean=result(clean, answers(clean), None))))))
     low, whole = scores_frame([record]).itertuples()
     assert (low.n, whole.n) == (2, 2) and low.correct.tolist() == [100, 100/16] and low.trigger == 100/16 and whole.mean == 100
     assert mb.per_corruption([record], 'toy', 'low')['graffiti'].tolist() == [100, 100]
@@ -139,7 +139,7 @@ def test_every_answer_is_recognised(asked):
     """Its own answer is right for every question of every benchmark, and so is the option's text; another letter is wrong."""
     for b in mb.BENCHMARKS:
         rows = asked(b, 'clean', 24)
-        ask = lambda said: mb.result(rows, [said(r.seen) for r in rows], None)
+        ask = lambda said: result(rows, [said(r.seen) for r in rows], None)
         assert set(ask(lambda s: s.answer)['correct']) == set(ask(lambda s: f' {s.answer}\n')['correct']) == {'1'}
         assert ask(lambda s: s.options.get(s.answer, s.answer))['accuracy'] == 100
         if rows[0].seen.options: assert ask(lambda s: next(c for c in s.options if c != s.answer))['accuracy'] == 0
@@ -151,10 +151,10 @@ def test_circular_and_pairs(asked):
     for rows, want in ((rolls, '110'), (pairs, '111110')):
         said = answers(rows)
         said[-1] = 'unreadable'
-        cell = mb.result(rows, said, [False]*(len(rows)-1)+[True])
+        cell = result(rows, said, [False]*(len(rows)-1)+[True])
         assert cell['correct'] == want and cell['questions'] == len(rows) and cell['unparsable'] == (rows is rolls) and cell['refused'] == 0
         assert len(cell['trigger']) == len(want) and cell['triggered'] == 1 and abs(cell['accuracy']-100*(1-1/len(rows))) < 1e-9
-    assert cell['pairs'] == '110' and mb.result(rolls, answers(rolls), None)['pairs'] is None
+    assert cell['pairs'] == '110' and result(rolls, answers(rolls), None)['pairs'] is None
 
 
 def test_units_keep_the_order_of_the_questions(asked):
@@ -162,8 +162,8 @@ def test_units_keep_the_order_of_the_questions(asked):
     rows = asked('mmbench', 'hard', 12)
     for k in (0, 2, 10, 11):
         said = [r.seen.answer if int(r.seen.group) == k else '' for r in rows]
-        assert mb.result(rows, said, None)['correct'] == ''.join('01'[j == k] for j in range(12))
-    cell = mb.result(rows, answers(rows), None)
+        assert result(rows, said, None)['correct'] == ''.join('01'[j == k] for j in range(12))
+    cell = result(rows, answers(rows), None)
     assert cell['corruption'] == ''.join(mb.LETTERS[r.seen.corruption] for r in rows[::4])
 
 
@@ -174,7 +174,7 @@ def test_batches(model, name, asked):
     """The size of a batch changes nothing, for every kind of subject."""
     rows = asked('mmbench', 'hard', 4)
     cells = [mb.evaluate(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6, progress=False) for b in (3, 16)]
-    assert without_time(cells[0]) == without_time(cells[1])
+    assert cells[0] == cells[1]
     assert (cells[0]['trigger'] is not None) == mb.SUBJECTS[name].restores
 
 
@@ -187,12 +187,12 @@ def test_batches_with_restorations(model, monkeypatch, name, precision, asked):
         ids = torch.where(u.to(logits.device) > .8, marker, logits[:, :marker].argmax(-1))
         return ids, torch.zeros(len(ids))
     monkeypatch.setattr(generate, 'draw', draw)
-    real = mb.result
-    monkeypatch.setattr(mb, 'result', lambda rows, said, restored: seen.append(said) or real(rows, said, restored))
+    real = mb.results
+    monkeypatch.setattr(mb, 'results', lambda cells: seen.append(cells[0][1]) or real(cells))
     monkeypatch.setattr(mb, 'read', lambda texts, kind: ' | '.join(texts))
     rows = asked('realworldqa', 'hard', 8)
     cells = [mb.evaluate(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6, acc=accelerator(precision), progress=False) for b in (3, 16)]
-    assert without_time(cells[0]) == without_time(cells[1]) and seen[0] == seen[1] and set(cells[0]['trigger']) == {'0', '1'}
+    assert cells[0] == cells[1] and seen[0] == seen[1] and set(cells[0]['trigger']) == {'0', '1'}
 
 
 class Script:
@@ -313,5 +313,5 @@ def test_guessing(asked):
     """Random letters: a quarter of the rolls, almost no question."""
     rows = asked('mmbench', 'clean', 60)
     said = ['ABCD'[k] for k in rng('guess').integers(4, size=len(rows))]
-    cell = mb.result(rows, said, None)
+    cell = result(rows, said, None)
     assert 15 < cell['accuracy'] < 35 and cell['correct'].count('1') <= 3 and cell['unparsable'] == 0
