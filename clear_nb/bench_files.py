@@ -330,11 +330,13 @@ class Plan:
     corruptions:tuple = tuple(dg.CORRUPTIONS) # to draw from, or to apply
     jpeg_quality:int|None = None # None: lossless PNG
     relative:bool = False # as in `degrade`
+    by_group:bool = False # rows of a group share corruption and random numbers, not only rows of a picture
 
     def __post_init__(self): _check_plan(self)
 
 # %% ../nbs/lib/33_bench_files.ipynb #88123ec9
-def _key(p:Plan, s:Sample, *more)->tuple: return ('mmd', p.seed, s.benchmark, s.picture or s.index, *more) # names a generator
+def _key(p:Plan, s:Sample, *more)->tuple: # names a generator
+    return ('mmd', p.seed, s.benchmark, p.by_group and s.group or s.picture or s.index, *more)
 
 def _drawn(plan:Plan, s:Sample)->str:
     "The corruption of a picture in the mixed design."
@@ -558,11 +560,12 @@ def build_files(samples, # clean Samples: of read_tsv, read_datasets, from_scene
                 workers:int=1, # processes
                 jpeg_quality:int|None=None, # None: lossless PNG; 95 is the release's JPEG
                 relative:bool=False, # as in `degrade`
+                by_group:bool=False, # rows of a group, not only of a picture, share corruption and random numbers
                 tsv:bool=False, # write VLMEvalKit files as well
                 progress:bool=True, shard:int=256, # shard: rows in a parquet file
                )->dict: # as `read_info`
     "Corrupted versions of a benchmark (paper §4.1) as parquet; ValueError on bad settings, a folder of other settings, and when no row is usable."
-    plan = Plan(design, tuple(severities), seed, tuple(dg.CORRUPTIONS if corruptions is None else corruptions), jpeg_quality, relative)
+    plan = Plan(design, tuple(severities), seed, tuple(dg.CORRUPTIONS if corruptions is None else corruptions), jpeg_quality, relative, by_group)
     out, settings = Path(out), _settings(plan, samples, shard)
     if not _begin(out, settings): _build(samples, out, plan, settings, workers, progress)
     if tsv: write_tsv(out)

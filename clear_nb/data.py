@@ -165,12 +165,12 @@ def all_pairs(pool:Pool)->list:
 # %% ../nbs/lib/24_data.ipynb #96a24cfa
 @torch.no_grad()
 def own_restorations(model:ClearModel, p:Pool, images:list, # indexes in the pool
-                     steps:int, shift:float=1., draws:int=2, seed:int=0, batch:int=128)->dict: # index -> (draws, z, h, w)
+                     steps:int, shift:float=1., draws:int=2, seed:int=0, batch:int=128, progress:bool=True)->dict: # index -> (draws, z, h, w)
     "Latents that the model restores from the degraded pictures alone."
     out, todo, noise = {}, [i for i in images for _ in range(draws)], Noise('own', seed)
     latent = Vae(p.clean_z[0])
     slots = sum(tokens_of(x, model.shape) for x in [*context(p, images[0]), latent])
-    for k in tqdm(range(0, len(todo), batch), 'own restorations'):
+    for k in tqdm(range(0, len(todo), batch), 'own restorations', disable=not progress):
         part, rows = todo[k:k + batch], range(k, min(k + batch, len(todo)))
         cache = KVCache(model.mot.cfg, len(part), slots, model.device, model.cache_dtype)
         prefill(model, cache, [context(p, i) for i in part])

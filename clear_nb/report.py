@@ -75,6 +75,11 @@ def _bits(text:str|None, where:str # for the error
     if set(text) - set('01'): raise ValueError(f'{where}: outcomes must be a string of 0 and 1, got {text[:20]!r}')
     return 100*(np.frombuffer(text.encode(), np.uint8)-48.)
 
+def _means(x:np.ndarray|None, variants:int, where:str)->np.ndarray|None: # per item: the mean over its variants
+    if x is None or variants == 1: return x
+    if len(x) % variants: raise ValueError(f'{where}: {len(x)} outcomes are no {variants} for each item')
+    return x.reshape(variants, -1).mean(0)
+
 def _cells(record:dict):
     for model, benchmarks in record['metrics']['scores'].items():
         for benchmark, severities in benchmarks.items():
@@ -84,7 +89,7 @@ def _cells(record:dict):
 # %% ../nbs/lib/40_report.ipynb #22fd7dcd
 def _row(key:dict, cell:dict)->dict:
     where = ' '.join(map(str, key.values()))
-    correct, trigger = (_bits(cell.get(k), where) for k in ('correct', 'trigger'))
+    correct, trigger = (_means(_bits(cell.get(k), where), cell.get('variants', 1), where) for k in ('correct', 'trigger'))
     if trigger is not None and len(trigger) != len(correct): raise ValueError(f'{where}: {len(correct)} answers but {len(trigger)} triggers')
     est = bootstrap_mean(correct, rng('report', *key.values()))
     rate = math.nan if trigger is None or not len(trigger) else trigger.mean()
@@ -123,11 +128,14 @@ def seed_spread(frame:pd.DataFrame, model:str, severity:str)->float:
 
 # %% ../nbs/lib/40_report.ipynb #9c28dbd1
 MODELS = {'base': 'Bagel', 'base_both': None, 'text_cot': 'Text-only CoT', 'matched': None, 'clear_sft': 'CLEAR-SFT', 'clear_bridge': None, 'clear_rl': 'CLEAR-RL',
-          'never': None, 'always': None, 'oracle': None} # our key to the paper's method
+          'never': None, 'always': None, 'oracle': None, 'restored_base': None, 'self_restored_base': None, 'oracle_sft': None, 'dec_rl': None,
+          'substitute': None, 'substitute_always': None} # our key to the paper's method
 
 LABELS = {'base': 'base model', 'base_both': 'base model, latent and ViT', 'text_cot': 'text-only CoT', 'matched': 'text-only CoT, same inputs as CLEAR',
           'clear_sft': 'CLEAR-SFT', 'clear_bridge': 'CLEAR-SFT + bridge', 'clear_rl': 'CLEAR-RL', 'never': 'CLEAR, never restores', 'always': 'CLEAR, always restores',
-          'oracle': 'CLEAR, clean latent at the bridge'}
+          'oracle': 'CLEAR, clean latent at the bridge', 'restored_base': 'base model after a classical filter', 'self_restored_base': 'base model after its own restoration',
+          'oracle_sft': 'CLEAR-SFT, clean latent', 'dec_rl': 'decode-reencode + GRPO', 'substitute': "CLEAR, degraded picture's latent at the bridge",
+          'substitute_always': "CLEAR, always, degraded picture's latent"}
 
 def _models(frame): return [m for m in MODELS if m in set(frame.model)]+[m for m in dict.fromkeys(frame.model) if m not in MODELS]
 

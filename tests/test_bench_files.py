@@ -220,6 +220,18 @@ def test_rolls_share_the_corrupted_picture(tmp_path):
     assert {s.index: s.image for s in bf.read_tsv(tmp_path/'o'/'MMBench_toy_LOW_LEVEL_HIGH.tsv')} == {k: s.image for k, s in shown.items()}
 
 
+def test_groups_share_corruption_and_draws(tmp_path):
+    """By group: both pictures of a pair get one corruption with the same numbers; by picture, each its own."""
+    pairs = list(bf.from_scenes('mmvp', 12))
+    for by_group in (True, False):
+        build(pairs, tmp_path/str(by_group), corruptions=None, relative=True, by_group=by_group)
+        rows = list(bf.read_files(tmp_path/str(by_group), 'hard'))
+        keys = [json.loads(s.params)['key'] for s in rows]
+        assert [a == b for a, b in zip(keys[::2], keys[1::2])] == [by_group]*6 and len({s.image for s in rows}) == 12
+        for s, k, c in zip(rows, keys, pairs): assert np.array_equal(dg.degrade(c.pixels(), s.corruption, 'hard', rng(*k), relative=True), s.pixels())
+    with pytest.raises(ValueError, match='by_group'): build(pairs, tmp_path/'True', corruptions=None, relative=True)
+
+
 def test_jpeg_as_in_the_release(tmp_path):
     """OpenCV's JPEG of the lossless picture; the content hash is of the pixels that are shown."""
     build(toy(3), tmp_path/'png'), build(toy(3), tmp_path/'jpg', jpeg_quality=95)
