@@ -346,14 +346,18 @@ def level(records:list, state:str, severity:str, name:str)->Score|str:
 def _better(name:str, x:Estimate)->Estimate: # sign such that more is better
     return x if METRICS[name].higher_is_better else Estimate(x.n, -x.mean, -x.high, -x.low)
 
+def _prefers_clean(records:list, severity:str, name:str, other:str)->str: # verdict
+    x, y = (values(records, k, severity, name) for k in ('clean', other))
+    if x is None or y is None: return 'unknown'
+    ok = np.isfinite(x) & np.isfinite(y)
+    return verdict(_better(name, paired_difference(x[ok], y[ok], rng('trusted', severity, name, other))))
+
 def trusted(records:list, severity:str, name:str)->str:
-    "Does the metric prefer the clean picture to the degraded one?"
+    "Does the metric prefer the clean picture to the degraded one and to both states?"
     if METRICS[name].kind == 'full reference': return 'by construction'
-    clean, seen = (values(records, k, severity, name) for k in ('clean', 'seen'))
-    if clean is None or seen is None: return 'unknown'
-    ok = np.isfinite(clean) & np.isfinite(seen)
-    said = verdict(_better(name, paired_difference(clean[ok], seen[ok], rng('trusted', severity, name))))
-    return dict(shown='yes', contradicted='no, the wrong way round', open='open', unknown='unknown')[said]
+    said = {label: _prefers_clean(records, severity, name, k) for k, label in {'seen': REFERENCES['seen'], **STAGES}.items()}
+    if wrong := [k for k, v in said.items() if v == 'contradicted']: return f"no, it prefers: {', '.join(wrong)}"
+    return 'yes' if set(said.values()) == {'shown'} else 'unknown' if 'unknown' in said.values() else 'open'
 
 # %% ../nbs/lib/44_perceptual.ipynb #5ed10b3c
 def _quality_row(records:list, s:str, k:str, m:Metric)->dict:
@@ -426,7 +430,7 @@ def figure_gain(gains:pd.DataFrame, # from `gain_by_corruption`
         for y, g in enumerate(gains.get(name, [])): # one picture has no interval
             ax.errorbar(g.mean, y + shift, xerr=np.nan_to_num([[g.mean - g.low], [g.high - g.mean]]), fmt='o', color=colour, markersize=3, linewidth=1, label=None if y else name)
     ax.axvline(0, color='grey', linewidth=.8)
-    ax.set(yticks=range(len(gains)), yticklabels=list(gains.corruption), xlabel='PSNR of the state − PSNR of the degraded input (dB)', title=title)
+    ax.set(yticks=range(len(gains)), yticklabels=list(gains.corruption), xlabel='gain in PSNR over the degraded input (dB)', title=title)
     ax.invert_yaxis()
     if len(gains): ax.legend(fontsize=7, frameon=False)
     return fig

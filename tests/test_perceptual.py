@@ -174,6 +174,19 @@ def test_directions(records):
     assert said['BRISQUE'] == 'shown' and said['PSNR (dB)'] == 'contradicted' and said['MUSIQ'] == 'not run: no weights here'
 
 
+def test_trust(records):
+    """A metric must prefer the clean picture to the input and to both states."""
+    scores = records[0]['metrics']['scores']
+    cells = [scores['clean']['clean'], *(scores[k]['hard'] for k in ('seen', 'sft', 'grpo'))]
+    def said(*means):
+        for c, m in zip(cells, means): c['niqe'] = pc._text(m + .1*np.arange(5))
+        return pc.trusted(records, 'hard', 'niqe')
+    before = [c['niqe'] for c in cells]
+    assert said(1., 9., 5., 4.) == 'yes' and said(5., 9., 4., 3.) == 'no, it prefers: SFT state, RL state' and said(9., 3., 20., 21.) == 'no, it prefers: degraded input'
+    for c, text in zip(cells, before): c['niqe'] = text
+    assert pc.trusted(records, 'hard', 'psnr') == 'by construction' and pc.trusted(records, 'hard', 'musiq') == 'unknown'
+
+
 def test_seeds_are_averaged_by_picture(records, analysis, smoke):
     """Two records count their pictures once; other pictures are refused."""
     other = make_record('05_perceptual', analysis[0], smoke, 1)
