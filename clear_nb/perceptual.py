@@ -258,7 +258,7 @@ def restore_all(load:Callable, # (preset, seed, stage) -> ClearModel
 def figure_states(shown:Shown, k:int=8)->plt.Figure:
     "The first `k` pictures of every state and reference"
     rows = {'seen': REFERENCES['seen'], **STAGES, 'codec': 'codec', 'clean': 'clean'}
-    fig, axes = plt.subplots(len(rows), k, figsize=(k, len(rows)), dpi=90, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(len(rows), k, figsize=(k, len(rows)), dpi=64, squeeze=False, layout='constrained')
     for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     for line, (name, label) in zip(axes, rows.items()):
         for ax, image in zip(line, shown.pictures[name]): ax.imshow(image, interpolation='nearest')
