@@ -20,13 +20,13 @@ from papermill.exceptions import PapermillExecutionError
 from .core import PATHS, ROOT, atomic_path, closest, file_hash, load_preset, results_dir, stage_folder, STAGE_MADE_BY
 
 # %% ../nbs/lib/42_pipeline.ipynb #2ac7adbb
-STAGES = ['00_base', '01_sft', '02_bridge', '03_grpo', '04_mmd_bench', '07_tables', '08_figures']
+STAGES = ['00_base', '01_sft', '02_bridge', '03_grpo', '04_mmd_bench', '05_perceptual', '07_tables', '08_figures']
 SUMMARY = {'07_tables', '08_figures'} # run once, after the last seed
 NBS = ROOT/'nbs'
 
 def earlier(notebook:str # name
            )->list[str]: # stages whose products `notebook` may read
-    "The stages before a notebook; notebooks outside the list (05, 06, 09) take their place by number."
+    "The stages before a notebook; notebooks outside the list (06, 09) take their place by number."
     return [s for s in STAGES if s < notebook]
 
 # %% ../nbs/lib/42_pipeline.ipynb #126baa44

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['base', 'train', 'data', 'reward'],
     'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'judge': ['reward', 'core'], 'grpo': ['train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
-    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core'],
+    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['report', 'data'], 'report': ['paper', 'core'], 'pipeline': ['core'],
     'watch': ['report', 'train', 'data', 'reward', 'generate']}
 
 
