@@ -134,6 +134,7 @@ class Grpo:
     mode:str = 'bridge'; policy:str = 'adaptive'; max_restores:int = 1 # how a picture returns, whether one may ask for it, how often (see generate.Sampling)
     norm:str = 'grpo'; length:int = 0; scale:str = 'std'; reduction:str = 'mean' # see grpo.Objective; length 0: the longest possible
     w_acc:float = 0.75; w_fmt:float = 0.1; w_dec:float = 0.15; rules:str = 'paper' # weights of eq. 5; how its terms are paid (see reward.RULES)
+    w_cost:float = 0. # taken off for each restoration; ours, the paper has no such term
 
 # %% ../nbs/lib/00_core.ipynb #6d720c76
 @dataclass(frozen=True)

@@ -137,11 +137,24 @@ def _record(turn:Turn, token:int, logp:float, eos:int, limit:int, stop)->bool: #
     return turn.ended or any(s.said(turn.ids) for s in stop)
 
 # %% ../nbs/lib/22_generate.ipynb #99c12104
-def _close(model:ClearModel, cache:KVCache, turns:list, rows:list, step:int):
-    "Feed what finished texts still owe the context: a last token not fed yet, and the end token."
-    for owed in ({r: turns[r].ids[-1] for r in rows if len(turns[r].ids) > step}, {r: model.shape.eos for r in rows}):
-        ids = torch.tensor([owed.get(r, 0) for r in range(cache.rows)])
-        if owed: feed(model, cache, ids, torch.tensor([r in owed for r in range(cache.rows)]))
+def _close(model:ClearModel, cache:KVCache, turns:list, fed:Tensor): # fed: (R,) tokens of each text that the cache holds, bos counted
+    "Feed what the texts still owe the context: a last token not fed yet, and the end token."
+    last, owing = torch.tensor([t.ids[-1] if t.ids else 0 for t in turns]), torch.tensor([len(t.ids) for t in turns]) >= fed
+    if owing.any(): feed(model, cache, last, owing)
+    feed(model, cache, torch.full_like(last, model.shape.eos), torch.ones_like(owing))
+
+# %% ../nbs/lib/22_generate.ipynb #ac557a83
+def _put(cache:KVCache, part:KVCache, rows:Tensor): # part: made by `select(cache, rows)`, longer since
+    "Copy rows back to where they were taken from."
+    n, at = int(part.lens.max()), rows.to(cache.k[0].device)
+    for whole, some in zip(cache.k + cache.v, part.k + part.v): whole[at, :, :n] = some[:, :, :n]
+    for f in fields(Layout): getattr(cache.layout, f.name)[at, :n] = getattr(part.layout, f.name)[:, :n]
+    cache.lens, cache.rope = cache.lens.index_copy(0, rows, part.lens), cache.rope.index_copy(0, rows, part.rope)
+
+def _drop(cache:KVCache, part:KVCache, rows:Tensor, active:Tensor)->tuple: # new part, its rows in `cache`
+    "Leave finished rows behind."
+    if part is not cache: _put(cache, part, rows)
+    return select(cache, rows[active]), rows[active]
 
 # %% ../nbs/lib/22_generate.ipynb #4047ab95
 @torch.no_grad()
@@ -152,16 +165,19 @@ def decode(model:ClearModel, cache:KVCache,
            vocab:int=None, # draw from the first ids only
           )->list: # (R,) Turn
     "Generate one text per row into the cache: bos, sampled tokens, eos."
-    turns, active = [Turn() for _ in range(cache.rows)], torch.ones(cache.rows, dtype=torch.bool)
-    ids, limit = torch.full((cache.rows,), model.shape.bos), u.shape[1] - 1
+    R, limit, start, eos = cache.rows, u.shape[1] - 1, cache.lens, model.shape.eos
+    turns, part, own = [Turn() for _ in range(R)], cache, torch.arange(R) # own: rows of the batch that `part` holds
+    ids, active = torch.full((R,), model.shape.bos), torch.ones(R, dtype=torch.bool) # of the rows of `part`
     for step in range(limit + 1):
-        logits, rows = model.language_model.lm_head(feed(model, cache, ids, active)).float(), active.nonzero().squeeze(1).tolist()
-        _ban(_cut(logits, vocab, model.shape.eos), [turns[r].ids for r in rows], banned)
+        logits, rows = model.language_model.lm_head(feed(model, part, ids, active)).float(), own[active].tolist()
+        _ban(_cut(logits, vocab, eos), [turns[r].ids for r in rows], banned)
         new, logp = (t.tolist() for t in draw(logits, u[rows, step].to(logits.device), temperature, top_p))
-        done = [r for r, t, l in zip(rows, new, logp) if _record(turns[r], t, l, model.shape.eos, limit, stop)]
-        _close(model, cache, turns, done, step)
-        ids[rows], active[done] = torch.tensor(new), False
-        if not active.any(): break
+        on = [not _record(turns[r], t, l, eos, limit, stop) for r, t, l in zip(rows, new, logp)]
+        ids[active], active = torch.tensor(new), active.masked_scatter(active, torch.tensor(on))
+        if not any(on): break
+        if 2*sum(on) <= part.rows: (part, own), ids, active = _drop(cache, part, own, active), ids[active], active[active]
+    if part is not cache: _put(cache, part, own)
+    _close(model, cache, turns, cache.lens - start)
     cache.splits += 1
     return turns
 

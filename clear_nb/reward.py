@@ -150,10 +150,14 @@ RULES = dict(paper=Rules(lambda r: r.parsed.answer, lambda r: format_reward(r.pa
 # %% ../nbs/lib/23_reward.ipynb #5f7489a7
 @dataclass(frozen=True)
 class Weights:
-    "Weights of eq. 5"
+    "Weights of eq. 5, and the cost of a restoration, which the paper does not have"
     acc: float = .75
     fmt: float = .1
     dec: float = .15
+    cost: float = 0.
+
+    @classmethod
+    def of(cls, cfg): return cls(cfg.w_acc, cfg.w_fmt, cfg.w_dec, cfg.w_cost) # cfg: core.Grpo
 
 # %% ../nbs/lib/23_reward.ipynb #3fca0f99
 @dataclass(frozen=True)
@@ -163,20 +167,22 @@ class Reward:
     fmt: float
     dec: float
     total: float
+    cost: float = 0. # what its restorations took off the total
 
-def total(acc:float, fmt:float, dec:float, w:Weights=Weights())->Reward:
-    "Weighted sum (eq. 5)"
-    return Reward(acc, fmt, dec, w.acc*acc + w.fmt*fmt + w.dec*dec)
+def total(acc:float, fmt:float, dec:float, w:Weights=Weights(), restorations:int=0)->Reward:
+    "Weighted sum (eq. 5), less the cost of the restorations"
+    cost = w.cost*restorations
+    return Reward(acc, fmt, dec, w.acc*acc + w.fmt*fmt + w.dec*dec - cost, cost)
 
 # %% ../nbs/lib/23_reward.ipynb #0aa142c5
 def score_rollout(rollout, # generate.Rollout, or anything with .parsed and .restorations
                   question, # has .prompt and .answer
                   judge:Judge=RuleJudge(), weights:Weights=Weights(), rules:str='paper', # one of RULES; 'release' also reads .texts
                  ): # Reward, Unparsable or Outage
-    "Reward of one trajectory (eq. 5); ValueError for unknown rules"
+    "Reward of one trajectory (eq. 5, less the cost of its restorations); ValueError for unknown rules"
     if rules not in RULES: raise ValueError(f'score_rollout: unknown rules {rules!r}; use {", ".join(RULES)}')
-    pay, restored = RULES[rules], len(rollout.restorations) > 0
+    pay, n = RULES[rules], len(rollout.restorations)
     said = pay.answer(rollout)
     outcome = judge(question, said) if said else Score(0.)
     if not isinstance(outcome, Score): return outcome
-    return total(outcome.value, pay.format(rollout), pay.decision(restored, outcome.value > .5), weights)
+    return total(outcome.value, pay.format(rollout), pay.decision(n > 0, outcome.value > .5), weights, n)

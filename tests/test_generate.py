@@ -171,6 +171,33 @@ def test_greedy_batch_of_two():
     same(generate(model, ask, s), [generate(model, [p], s, Noise(0, first=i))[0] for i, p in enumerate(ask)])
 
 
+def test_finished_rows_are_left_behind(monkeypatch):
+    "Rows that end at different steps: the batch shrinks while it speaks, and texts, numbers and the whole cache are those of every row alone."
+    model, sizes, plain = talker(6, marker=4., end=6.), [], clear_nb.generate.select
+    ask, u = asked(model, 3)*4, torch.rand(12, 21, generator=torch_rng('u'))
+    def held(prompts):
+        cache = KVCache(model.mot.cfg, len(prompts), 80)
+        prefill(model, cache, prompts)
+        return cache
+    def counted(cache, rows):
+        sizes.append(len(rows))
+        return plain(cache, rows)
+    monkeypatch.setattr(clear_nb.generate, 'select', counted)
+    cache = held(ask)
+    turns = decode(model, cache, u, 1., stop=[Ids((MARK,))])
+    assert len(sizes) > 1 and all(2*b <= a for a, b in zip([12, *sizes], sizes)) and sum(sizes) < 12
+    assert len({len(t.ids) for t in turns}) > 4 and {t.ended for t in turns} == {True, False}
+    for r, t in enumerate(turns):
+        alone = held(ask[r:r + 1])
+        [want] = decode(model, alone, u[r:r + 1], 1., stop=[Ids((MARK,))])
+        n = int(alone.lens[0])
+        assert (t.ids, t.ended) == (want.ids, want.ended) and t.logp == pytest.approx(want.logp, abs=1e-5)
+        assert (int(cache.lens[r]), int(cache.rope[r]), cache.splits) == (n, int(alone.rope[0]), alone.splits)
+        for a, b in zip([*cache.k, *cache.v, *vars(cache.layout).values()], [*alone.k, *alone.v, *vars(alone.layout).values()]):
+            a, b = (a[r, :, :n], b[0, :, :n]) if a.ndim == 4 else (a[r, :n], b[0, :n])
+            assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_shorter_row_does_not_see_free_slots():
     "The first token of a short row attends to itself alone, whatever its neighbours need."
     model = talker(1)

@@ -1,5 +1,6 @@
 """Stage 3: rollouts are scored in the context they were made in, and the update points where it should."""
 import math
+import re
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -19,9 +20,11 @@ from clear_nb.grpo import (Objective, advantages, cache_bytes, choose_pairs, cho
                            sampling, text_logp, train_grpo)
 from clear_nb.model import freeze
 from clear_nb.mot import KVCache
+from clear_nb.judge import OPTION, LLMJudge, Refused
 from clear_nb.reward import Outage, Score
 from clear_nb.train import accelerator, fit, optimizer
 from clear_nb.trajectory import MARKER, Text, Vae, pack
+from fake_server import FakeServer, Status
 
 LONG = '<think>' + 'x '*12 + '</think><answer>red</answer>' # longer than max_new_tokens
 DECODER = ('vae.', 'vit_model.', 'connector.')
@@ -322,6 +325,42 @@ def test_judge_outage_in_a_step(toy):
     assert 0 < logs['missing'] < 16 and torch.isfinite(loss)
     def down(q, said): return Outage('401')
     with pytest.raises(RuntimeError, match='401'): grpo.reward_table([down(None, 'x')]*4, 2)
+
+
+def test_judge_behind_a_server(toy, monkeypatch):
+    """A language model as judge, several answers at a time: an outage and an unreadable reply are left out, by kind, with a warning; a refused key stops."""
+    monkeypatch.setenv('OPENAI_API_KEY', 'any')
+    replies = ['0.5', Status(500), 'no idea', '1']
+    rolls, step = rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, 0, 0), lambda judge: grpo_step(toy.model, toy.pool, toy.cfg, Objective.of(toy.cfg), 0, 0, judge, workers=4)
+    with FakeServer(default=lambda request: replies[len(request.text) % 4]) as server:
+        judge = LLMJudge('toy', server.url, tries=1)
+        asked = [Space(prompt=f'{i}' + '.'*i, answer='x', options=()) for i in range(16)]
+        parallel, one = (grpo.judged(rolls, asked, LLMJudge('toy', server.url, tries=1), workers=n) for n in (4, 1))
+        assert parallel == one and 1 < server.most <= 4
+        with pytest.warns(UserWarning, match='answers have no reward and are left out'): table, logs = grpo.reward_table(parallel, 4)
+        assert logs['outages'] > 0 < logs['unparsable'] and logs['missing'] == logs['outages'] + logs['unparsable'] == int(table.isnan().sum())
+        server.default = lambda request: 'A' if OPTION.rule in request.text else '1' if '"answer": "red"' in request.text else '0'
+        loss, logs = step(judge)
+        assert torch.isfinite(loss) and logs['missing'] == 0 and 0 < logs['acc'] < 1
+        server.default = Status(401)
+        with pytest.raises(Refused, match='refused the key'): step(LLMJudge('toy', server.url))
+
+
+def test_reward_weights_reach_the_step(toy):
+    """w_dec = 0 leaves the decision out of reward and advantage; w_cost takes its share off every restoration."""
+    def step(**o): return grpo_step(toy.model, toy.pool, replace(toy.cfg, **o), Objective.of(toy.cfg), 0, 0, likes_red)[1]
+    plain, blind, dear = step(), step(w_dec=0.), step(w_cost=.2)
+    assert plain['reward'] == pytest.approx(.75*plain['acc'] + .1*plain['fmt'] + .15*plain['dec']) and plain['cost'] == 0 < plain['trigger'] < 1
+    assert blind['reward'] == pytest.approx(.75*blind['acc'] + .1*blind['fmt']) and blind['dec'] == plain['dec'] != 0
+    assert dear['reward'] == pytest.approx(plain['reward'] - .2*plain['trigger']) and dear['cost'] == pytest.approx(.2*plain['trigger'])
+    assert len({plain['loss_flow'], blind['loss_flow'], dear['loss_flow']}) == 3
+
+
+def test_progress_bar(toy, capsys):
+    """Beside the bar: reward, trigger rate, seconds per phase, nothing else."""
+    train_grpo(toy.model, toy.pool, preset(steps=1), acc=accelerator('no'), judge=likes_red)
+    shown = re.findall(r'(\w+)=', capsys.readouterr().err.split('grpo:')[-1])
+    assert shown == ['reward', 'trigger', 's_rollout', 's_reward', 's_update']
 
 
 def test_lambda_zero(rolled):

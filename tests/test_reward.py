@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from clear_nb import scenes
 from clear_nb.paper import paper_table
-from clear_nb.reward import (Outage, Reward, RuleJudge, Score, Unparsable, Weights, decision_reward, matches, read_score,
+from clear_nb.core import load_preset
+from clear_nb.reward import (RULES, Outage, Reward, RuleJudge, Score, Unparsable, Weights, decision_reward, matches, read_score,
                              score_rollout)
 from clear_nb.trajectory import MARKER, parse
 
@@ -71,6 +72,36 @@ def test_paper_tables():
     for r in paper_table(15).itertuples(): assert decision_reward(bool(r.generated), bool(r.correct)) == r.reward
     w = Weights()
     assert (w.acc, w.fmt, w.dec) == (.75, .1, .15)
+
+
+@pytest.mark.parametrize('rules', RULES)
+def test_cost_of_a_restoration(rules):
+    """Ours: taken off once per restoration that was carried out, and off the total only; 0 is the paper's reward."""
+    direct, once, said = [THINK + ANSWER], [THINK + MARKER, THINK + ANSWER], [THINK + MARKER]
+    for texts, executed in ((direct, 0), (once, 1), ([THINK + MARKER]*2 + direct, 2), (said, 0)):
+        r = Space(texts=texts, parsed=parse(texts), restorations=[None]*executed)
+        free, paid = (score_rollout(r, QUESTION, weights=Weights(cost=c), rules=rules) for c in (0., .2))
+        assert free == score_rollout(r, QUESTION, rules=rules) and free.cost == 0
+        assert (paid.acc, paid.fmt, paid.dec) == (free.acc, free.fmt, free.dec)
+        assert paid.cost == .2*executed and paid.total == pytest.approx(free.total - .2*executed)
+
+
+def test_weights_come_from_the_preset():
+    """All four, from the section of stage 3; no preset has a cost by default."""
+    cfg = load_preset('smoke', **{f'grpo.w_{k}': v for k, v in dict(acc=.1, fmt=.2, dec=.3, cost=.4).items()}).grpo
+    assert Weights.of(cfg) == Weights(.1, .2, .3, .4) and Weights.of(load_preset('paper').grpo) == Weights()
+
+
+@pytest.mark.parametrize('cost', [0., .1, .15, .3])
+def test_when_restoring_pays(cost):
+    """Mean rewards of scored trajectories: restoring wins exactly above p_d − (w_dec − w_cost)/(w_acc + w_dec)."""
+    w, wrong = Weights(cost=cost), THINK + '<answer>blue</answer>'
+    pay = {(k, c): score_rollout(rollout(*([THINK + MARKER] if k else []), THINK + ANSWER if c else wrong), QUESTION, weights=w).total for k in (0, 1) for c in (0, 1)}
+    mean = lambda k, p: p*pay[k, 1] + (1 - p)*pay[k, 0]
+    for direct in np.linspace(0, 1, 11):
+        for restored in np.linspace(0, 1, 13):
+            border = direct - (w.dec - cost)/(w.acc + w.dec)
+            if abs(restored - border) > 1e-9: assert (mean(1, restored) > mean(0, direct)) == (restored > border)
 
 
 def test_no_answer_needs_no_judge():
