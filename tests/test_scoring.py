@@ -13,7 +13,7 @@ from clear_nb.bench_files import Sample
 from clear_nb.core import rng
 from clear_nb.judge import LLMJudge
 from clear_nb.reward import Outage, RuleJudge, Score, Unparsable, match_option
-from fake_server import FakeServer, Status
+from fake_server import FakeServer, Status, hasty
 
 GOLDEN = Path(__file__).parent/'golden'/'scoring'
 OPTIONS = [json.loads(line) for line in (GOLDEN/'option_matching.jsonl').read_text().splitlines()]
@@ -389,7 +389,7 @@ def test_protocols():
 
 # With a judge behind a server
 
-def test_judge_behind_a_server(monkeypatch, tmp_path):
+def test_judge_behind_a_server(monkeypatch, tmp_path, hasty):
     """MM-Vet and free answers through HTTP: failures become pending, a second run asks only for those."""
     monkeypatch.setenv('OPENAI_API_KEY', 'x')
     samples = [Sample('MMVet', str(k), f'q{k}', f'answer{k}', category='rec') for k in range(10)] + [Sample('MMStar', '1', 'animal?', 'B', options=PETS)]
@@ -401,7 +401,7 @@ def test_judge_behind_a_server(monkeypatch, tmp_path):
         return Status(503) if k in broken else 'who knows' if k == 5 else f'0.{k}'
     with FakeServer(default=behave) as server:
         broken = {2, 7}
-        judge = LLMJudge('j', server.url, tries=2, backoff=.001, cache=tmp_path/'r.jsonl')
+        judge = LLMJudge('j', server.url, tries=2, cache=tmp_path/'r.jsonl')
         rows = sc.score_rows(samples, said, judge, workers=4, progress=False)
         assert rows.kind[[2, 5, 7, 10]].tolist() == ['pending', 'unparsable', 'pending', 'right'] and len(server.requests) == 9 + 2*2
         t = sc.table(sc.score_units(rows)).loc[('MMVet', 'clean')]

@@ -15,8 +15,8 @@ MAY_IMPORT = {
     'core': [], 'paper': ['core'], 'images': ['core'], 'degrade': ['core'], 'scenes': ['core'], 'flow': ['core'], 'vae': ['core'],
     'vit': ['core'], 'mot': ['core'], 'trajectory': ['core', 'vae', 'vit', 'mot'], 'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
     'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['train', 'data', 'reward'],
-    'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'judge': ['reward', 'core'], 'grpo': ['train', 'generate', 'reward', 'data'],
-    'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
+    'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'server': [], 'judge': ['reward', 'server'], 'grpo': ['train', 'generate', 'reward', 'data'],
+    'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer', 'server'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
     'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core'],
     'watch': ['report', 'train', 'data', 'reward', 'generate']}
 
