@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'PROTOCOLS', 'DECLINES', 'MISSING', 'OURS', 'KIT', 'FIELDS', 'LEVELS', 'CAPABILITIES', 'Outcome',
            'protocol_of', 'answer_text', 'declines', 'read_option', 'read_yesno', 'kit_extract', 'kit_text',
-           'kit_yesno', 'kit_options', 'Rules', 'outcome', 'score_rows', 'score_units', 'table', 'drops', 'differences',
-           'mme_table', 'beside', 'capabilities', 'combinations', 'kit_report']
+           'kit_yesno', 'kit_options', 'Rules', 'outcome', 'severities', 'score_rows', 'score_units', 'table', 'drops',
+           'differences', 'mme_table', 'beside', 'capabilities', 'combinations', 'kit_report']
 
 # %% ../nbs/lib/34_scoring.ipynb #0caf8e25
 import re, unicodedata
@@ -259,8 +259,9 @@ def _place(s)->tuple: return s.benchmark, _group(s, 'circular', OURS), s.corrupt
 FIELDS = 'benchmark index group category l2_category split source corruption severity'.split()
 LEVELS = ('clean', 'low', 'mid', 'hard')
 
-def _ordered(severity)->pd.Categorical: # known levels first
-    return pd.Categorical(severity, [*LEVELS, *sorted(set(severity) - set(LEVELS))], ordered=True)
+def severities(column)->pd.Categorical: # column: of names; known levels come first
+    "Severities in their order."
+    return pd.Categorical(column, [*LEVELS, *sorted(set(column) - set(LEVELS))], ordered=True)
 
 def _row(sample, o:Outcome, protocol:str, rules:Rules)->dict:
     kept = {f: str(getattr(sample, f, '')) for f in FIELDS}
@@ -290,7 +291,7 @@ def score_rows(samples:Sequence, # any objects with the attributes of bench_file
     outcomes = [outcome(s, t, p, compat) for s, t, p in zip(samples, said, protocols)]
     outcomes = _with_judge(samples, said, outcomes, protocols, judge, rules, workers=workers, progress=progress)
     frame = pd.DataFrame([_row(*x, rules) for x in zip(samples, outcomes, protocols)], columns=[*FIELDS, 'protocol', 'rules', 'rolls', 'answer', 'kind', 'value', 'read', 'note'])
-    return frame.assign(severity=_ordered(frame.severity), value=frame.value.astype(float))
+    return frame.assign(severity=severities(frame.severity), value=frame.value.astype(float))
 
 # %% ../nbs/lib/34_scoring.ipynb #d363cc34
 def _verdict(rolls:pd.DataFrame, wanted:int)->dict: # rolls: rows of one group, by index; wanted: how many there should be
@@ -386,7 +387,7 @@ def differences(a:pd.DataFrame, b:pd.DataFrame # units of two models
     on = ['benchmark', 'unit', 'group', 'corruption', 'severity']
     both = a[[*on, 'value']].astype({'severity': str}).merge(b[[*on, 'value']].astype({'severity': str}), 'outer', on, suffixes=('_a', '_b'), indicator='seen', validate='one_to_one')
     if not (both.seen == 'both').any(): raise ValueError('the two tables share no unit: score both models on the same rows')
-    return both.assign(value=both.value_a - both.value_b, severity=_ordered(both.severity))
+    return both.assign(value=both.value_a - both.value_b, severity=severities(both.severity))
 
 # %% ../nbs/lib/34_scoring.ipynb #a6ae62b8
 def mme_table(rows:pd.DataFrame)->pd.DataFrame: # accuracy and both (%), score

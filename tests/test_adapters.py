@@ -1,5 +1,4 @@
 """Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
-import io
 import json
 import logging
 import sys
@@ -9,7 +8,6 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import tiny_hf
 import torch
@@ -18,11 +16,9 @@ from clear_nb.adapters import CallableAdapter, ClearAdapter, HFAdapter, Reply, S
 from clear_nb.answer import ask, sampling_of
 from clear_nb.bench_files import Sample
 from clear_nb.generate import Noise, generate
-from clear_nb.reward import matches
-from clear_nb.scenes import benchmark
 from clear_nb.server import Refused
 from fake_server import FAILURES, FakeServer, Status, hasty
-from PIL import Image, ImageFilter
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_generate import talker
 
@@ -288,35 +284,3 @@ def test_reply_types():
     assert Reply('').text == '' and Reply(None, 'outage').text is None
     for wrong in ((None, 'answer'), ('x', 'outage'), ('x', 'other')):
         with pytest.raises(ValueError): Reply(*wrong)
-
-
-# ---------------------------------------------------------------- a real model that reads
-
-def _signs(n):
-    "Questions about the only word of a scene, pictures of 64 pixels enlarged to 512."
-    items = [i for i in benchmark('realworldqa', 6*n) if i.question.ability == 'word'][:n]
-    for k, i in enumerate(items):
-        buffer = io.BytesIO()
-        Image.fromarray(i.image).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, 'PNG')
-        yield Sample('signs', str(k), i.question.prompt, i.question.truth, buffer.getvalue())
-
-
-def test_real_text_reader():
-    "A published reader that brings its weights, through the function adapter, on signs of the scene world: most words are read, hardly any behind heavy blur."
-    reader = pytest.importorskip('rapidocr_onnxruntime', reason='optional: pip install rapidocr-onnxruntime').RapidOCR(intra_op_num_threads=1)
-
-    def read(picture, prompt):
-        found, _ = reader(np.asarray(picture)[..., ::-1], use_cls=False)
-        return ' '.join(t for _, t, _ in found or [] if t.isascii() and t.isalpha() and len(t) > 1)
-    samples = list(_signs(6))
-    said = CallableAdapter(read)(samples)
-    assert all(r.kind == 'answer' for r in said)
-    assert sum(matches(r.text, s.answer) for s, r in zip(samples, said)) >= 4, [(s.answer, r.text) for s, r in zip(samples, said)]
-    blurred = [replace(s, image=blur(s)) for s in samples]
-    assert sum(matches(r.text, s.answer) for s, r in zip(blurred, CallableAdapter(read)(blurred))) <= 1
-
-
-def blur(s):
-    buffer = io.BytesIO()
-    Image.fromarray(s.pixels()).filter(ImageFilter.GaussianBlur(24)).save(buffer, 'PNG')
-    return buffer.getvalue()
