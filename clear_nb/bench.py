@@ -258,8 +258,8 @@ def second_table(frames:Iterable)->pd.DataFrame: # frames: of `read_results`; mo
 
 def drop_table(units:pd.DataFrame)->pd.DataFrame: # model, benchmark, severity, rows, drop
     "Clean − corrupted on the same questions, in points."
-    each = pd.concat([scoring.drops(u) for _, u in units.groupby('model', sort=False)], ignore_index=True)
-    return _table(each, ['model', 'severity', 'benchmark'], name='drop')[['model', 'benchmark', 'severity', 'rows', 'drop']]
+    each = [scoring.drops(u) for _, u in units.groupby('model', sort=False) if (u.severity == 'clean').any()]
+    return _table(pd.concat(each or [scoring.drops(units[:0])]), ['model', 'severity', 'benchmark'], name='drop')[['model', 'benchmark', 'severity', 'rows', 'drop']]
 
 def difference_table(units:pd.DataFrame)->pd.DataFrame: # models, benchmark, severity, rows, difference
     "First − second model on the same questions, in points, for every two models."
@@ -364,7 +364,7 @@ def _left(table:pd.DataFrame, most:int=20)->str: # Markdown
 _SECTIONS = { # of bench.md: table, title, how it is shown, what is said when it is empty
     'accuracy': ('Accuracy', to_markdown, ''),
     'left_out': ('Left out', _left, 'Every row of the source could be used, and every row has a score.'),
-    'drop': ('Drop from clean', lambda t: _by_severity(t, 'drop'), 'Unknown: no corrupted row, or no clean one to compare it with.'),
+    'drop': ('Drop from clean', lambda t: _by_severity(t, 'drop'), 'Unknown: no corrupted row, or no clean one to compare it with (name the clean file in --data as well).'),
     'difference': ('Differences between models', lambda t: _by_severity(t, 'difference'), 'One model: nothing to compare.'),
     'second': ('Second scores', lambda t: _by_severity(t, 'score'), 'None of these benchmarks has one.'),
     'corruption': ('By corruption, mean over benchmarks', lambda t: _by_severity(t[t.benchmark == 'AVG'].drop(columns='benchmark'), 'accuracy'), 'No corrupted row.'),
