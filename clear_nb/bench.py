@@ -250,17 +250,19 @@ def category_table(units:pd.DataFrame)->pd.DataFrame: # model, benchmark, kind (
     vet = [_capabilities(u) for _, u in units[(units.protocol == 'mmvet') & (units.category != '')].groupby(['model', 'severity', 'benchmark'], observed=True)]
     return pd.concat([*each, *vet], ignore_index=True)[['model', 'benchmark', 'kind', 'name', 'severity', 'rows', 'accuracy']]
 
-# %% ../nbs/lib/41_bench.ipynb #8cbdd48f
+# %% ../nbs/lib/41_bench.ipynb #25854773
 def second_table(frames:Iterable)->pd.DataFrame: # frames: of `read_results`; model, benchmark, second, severity, rows, score
     "Second scores."
     t = pd.concat([scoring.beside(f).reset_index().assign(model=f.model.iloc[0]) for f in frames if len(f)], ignore_index=True).rename(columns={'n': 'rows'})
     return t[['model', 'benchmark', 'second', 'severity', 'rows']].assign(score=_estimates(t))
 
+# %% ../nbs/lib/41_bench.ipynb #af652648
 def drop_table(units:pd.DataFrame)->pd.DataFrame: # model, benchmark, severity, rows, drop
     "Clean − corrupted on the same questions, in points."
     each = [scoring.drops(u) for _, u in units.groupby('model', sort=False) if (u.severity == 'clean').any()]
     return _table(pd.concat(each or [scoring.drops(units[:0])]), ['model', 'severity', 'benchmark'], name='drop')[['model', 'benchmark', 'severity', 'rows', 'drop']]
 
+# %% ../nbs/lib/41_bench.ipynb #1545001c
 def difference_table(units:pd.DataFrame)->pd.DataFrame: # models, benchmark, severity, rows, difference
     "First − second model on the same questions, in points, for every two models."
     each = {m: u for m, u in units.groupby('model', sort=False)}
@@ -331,6 +333,7 @@ def _spread(table:pd.DataFrame)->pd.DataFrame:
         out |= {c: [e.mean for e in table[c]], 'low': [e.low for e in table[c]], 'high': [e.high for e in table[c]], 'n': [e.n for e in table[c]]} if est else {c: table[c]}
     return pd.DataFrame(out)
 
+# %% ../nbs/lib/41_bench.ipynb #44a51eb0
 def _summary(frame:pd.DataFrame, run:dict)->dict: # of one model
     counts = {o: int((frame.kind == o).sum()) for o in scoring.KINDS}
     complete = run['rows'] is not None and run['rows'] == len(frame) and not counts['pending']
@@ -354,6 +357,7 @@ def _by_severity(table:pd.DataFrame, value:str)->str: # Markdown
     wide = table.assign(severity=table.severity.astype(str)).set_index([*keys, 'severity'])[value].unstack(sort=False)
     return to_markdown(wide[list(levels)].reset_index())
 
+# %% ../nbs/lib/41_bench.ipynb #fb7f37c1
 def _left(table:pd.DataFrame, most:int=20)->str: # Markdown
     "Counts of reasons, and the first rows."
     counts = table.groupby(['model', 'kind', 'reason'], sort=False).size().rename('rows').reset_index()
@@ -411,6 +415,7 @@ def write_report(results:list, # (frame, run) pairs of `read_results`
     plt.close(fig)
     return tables
 
+# %% ../nbs/lib/41_bench.ipynb #35e63358
 def report_bench(folders, # folder of a run, or several
                  out:Path, # where the report goes
                  judge=None, compat:str=None, # as in `scoring.score_rows`
@@ -437,6 +442,7 @@ def _source(path:Path, severities)->tuple: # Samples and Rejects, what identifie
     each = [bench_files.read_files(path, severity=s) for s in info['severities'] if s in (severities or info['severities'])]
     return chain((Reject(**r) for r in info.get('rejects', [])), *each), info['content_hash']
 
+# %% ../nbs/lib/41_bench.ipynb #c120f6c2
 def _sources(paths:list, severities)->tuple: # the same of several
     rows, contents = zip(*(_source(p, severities) for p in paths))
     return chain(*rows), contents[0] if len(contents) == 1 else hashlib.sha256(' '.join(contents).encode()).hexdigest()
@@ -469,6 +475,7 @@ def _bench(args:argparse.Namespace)->int: # exit status
     run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, progress=shard[0] == 0)
     return 0 if _whole(args.out)['rows'] is None else _reported([args.out], args) # None: another shard is still at work
 
+# %% ../nbs/lib/41_bench.ipynb #85bcce06
 def _reported(runs:list, args:argparse.Namespace)->int: # exit status
     results = [read_results(r, _judge(args.judge, r), args.compat) for r in runs]
     tables = write_report(results, args.out)
@@ -502,6 +509,7 @@ def _compare_options(kinds):
     a.set_defaults(run=lambda args: _reported(args.runs, args))
     return a
 
+# %% ../nbs/lib/41_bench.ipynb #98e39591
 def main(argv=None)->int: # exit status
     "Entry point of `clear-nb`."
     parser, kinds = answer.command_line()

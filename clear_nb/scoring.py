@@ -413,6 +413,7 @@ def _beside(kind:str, rows:pd.DataFrame)->dict: # rows: of one benchmark at one 
     times = len(got) - 1 if kind == 'both' else 1 # the sum over categories, not their mean
     return dict(second=name, **(times*got.iloc[-1][['score', 'low', 'high']]), n=got.n.iloc[-1], scored=got.scored.iloc[-1])
 
+# %% ../nbs/lib/34_scoring.ipynb #86da2fdb
 def beside(rows:pd.DataFrame)->pd.DataFrame: # by benchmark and severity: second, score, low, high, n, scored
     "The second score of the benchmarks that have one."
     out = []

@@ -77,12 +77,13 @@ class Server:
 
     def __repr__(self): return f'Server({self.model!r}, {self.url!r})'
 
-# %% ../nbs/lib/21_server.ipynb #2675b33d
+# %% ../nbs/lib/21_server.ipynb #b7053767
 @patch
 def _clean(self:Server, text)->str:
     key = self._client.api_key
     return str(text) if key == 'none' else str(text).replace(key, '***')
 
+# %% ../nbs/lib/21_server.ipynb #2675b33d
 @patch
 def _why(self:Server, e)->str: # of an exception of the client; '' when other requests may succeed
     "A sentence that ends the run."
@@ -91,13 +92,14 @@ def _why(self:Server, e)->str: # of an exception of the client; '' when other re
     if status == 404: return f'{self.url} knows no model {self.model!r} or is no OpenAI-compatible address (status 404): check both and start again.'
     return f'{self.url}: the account of the key in {self.key_env} has no quota left.' if getattr(e, 'code', None) == 'insufficient_quota' else ''
 
-# %% ../nbs/lib/21_server.ipynb #69dfe3ac
+# %% ../nbs/lib/21_server.ipynb #3c4d2e2c
 @patch
 def _failed(self:Server, e:openai.OpenAIError)->OSError:
     "Refused, now and from now on, or ConnectionError."
     self._refusal = self._refusal or self._why(e)
     return Refused(self._refusal) if self._refusal else ConnectionError(self._clean(' '.join(f'{type(e).__name__}: {e.__cause__ or e}'.split()))[:300])
 
+# %% ../nbs/lib/21_server.ipynb #d6262279
 @patch
 def ask(self:Server, content, **request)->tuple: # content: text or parts; request: its further fields. Text, dict(finish, model)
     "One reply. Raises Refused when no request can succeed, ConnectionError when this one brought no reply."
