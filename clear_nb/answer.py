@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Answer', 'newest', 'default_device', 'open_model', 'preset_of', 'sampling_of', 'cued', 'ask', 'check_room',
-           'answer', 'check_out', 'save_images', 'main']
+           'answer', 'check_out', 'save_images', 'run_command', 'command_line', 'main']
 
 # %% ../nbs/lib/38_answer.ipynb #545fa925
 import argparse, sys, warnings
@@ -137,10 +137,31 @@ def save_images(images:list, path:Path)->list: # paths; the second image gets -2
     for im, p in zip(images, paths): im.save(p)
     return paths
 
+# %% ../nbs/lib/38_answer.ipynb #4c08c14b
+def run_command(parser:argparse.ArgumentParser, argv=None)->int: # exit status: what the command's `run` returns, 2 for an error that a user can mend
+    "Read the arguments and run the command that they name."
+    args = parser.parse_args(argv)
+    try: return args.run(args) or 0
+    except (ValueError, OSError) as e: return print(f'clear-nb: {e}', file=sys.stderr) or 2
+
+# %% ../nbs/lib/38_answer.ipynb #42541d99
+def _run(args:argparse.Namespace):
+    "Ask, print, write."
+    out = args.out and check_out(args.out)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', UserWarning)
+        a = answer(args.image, args.question, args.model, args.seed, args.system, args.device, steps=args.steps, policy=args.policy)
+    for w in said:
+        if str(w.message).startswith('open_image'): print(f'clear-nb: {w.message}', file=sys.stderr)
+    print(a)
+    if out: print('\n'.join(f'written: {p}' for p in save_images(a.images, out)) or f'nothing was restored, so {out} was not written')
+
 # %% ../nbs/lib/38_answer.ipynb #8ec473fd
-def _arguments(argv=None)->argparse.Namespace:
+def command_line()->tuple: # ArgumentParser, what further commands are added to
+    "The parser of `clear-nb`, with the command `answer`."
     p = argparse.ArgumentParser(prog='clear-nb', description='Visual questions about degraded pictures.')
-    a = p.add_subparsers(dest='command', required=True).add_parser('answer', help='ask one question about one picture')
+    kinds = p.add_subparsers(dest='command', required=True)
+    a = kinds.add_parser('answer', help='ask one question about one picture', epilog='Exit status: 0 answered, 2 an error that you can mend (one sentence says how).')
     a.add_argument('--model', type=Path, help='checkpoint folder, ours or as published by BAGEL or CLEAR (default: the newest stage of preset tiny)')
     a.add_argument('--image', type=Path, required=True, help='picture to ask about')
     a.add_argument('--question', required=True, help='what to ask')
@@ -150,25 +171,13 @@ def _arguments(argv=None)->argparse.Namespace:
     a.add_argument('--policy', choices=POLICIES, default='adaptive', help='who decides on restoring: adaptive is the model itself')
     a.add_argument('--system', default='', help='system prompt (default: none)')
     a.add_argument('--device', help='cpu, cuda, … (default: cuda if there is one)')
-    return p.parse_args(argv)
+    a.set_defaults(run=_run)
+    return p, kinds
 
-# %% ../nbs/lib/38_answer.ipynb #42541d99
-def _run(args:argparse.Namespace):
-    "Ask, print, write."
-    out = args.out and check_out(args.out)
-    a = answer(args.image, args.question, args.model, args.seed, args.system, args.device, steps=args.steps, policy=args.policy)
-    print(a)
-    if out: print('\n'.join(f'written: {p}' for p in save_images(a.images, out)) or f'nothing was restored, so {out} was not written')
-
+# %% ../nbs/lib/38_answer.ipynb #de339899
 def main(argv=None)->int: # exit status
-    "Entry point of `clear-nb`; errors that a user can mend are one sentence."
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always', UserWarning)
-        try: status = _run(_arguments(argv)) or 0
-        except (ValueError, OSError) as e: status = print(f'clear-nb: {e}', file=sys.stderr) or 1
-    for w in said:
-        if str(w.message).startswith('open_image'): print(f'clear-nb: {w.message}', file=sys.stderr)
-    return status
+    "The command `answer` alone."
+    return run_command(command_line()[0], argv)
 
 # %% ../nbs/lib/38_answer.ipynb #4f122ac7
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

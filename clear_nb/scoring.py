@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'PROTOCOLS', 'DECLINES', 'MISSING', 'OURS', 'KIT', 'FIELDS', 'LEVELS', 'CAPABILITIES', 'Outcome',
            'protocol_of', 'answer_text', 'declines', 'read_option', 'read_yesno', 'kit_extract', 'kit_text',
-           'kit_yesno', 'kit_options', 'Rules', 'outcome', 'score_rows', 'score_units', 'table', 'overview',
-           'drop_from_clean', 'mme_table', 'beside', 'capabilities', 'combinations', 'kit_report', 'Interval',
-           'model_difference', 'clean_drop']
+           'kit_yesno', 'kit_options', 'Rules', 'outcome', 'severities', 'score_rows', 'score_units', 'table', 'drops',
+           'differences', 'mme_table', 'beside', 'capabilities', 'combinations', 'kit_report']
 
 # %% ../nbs/lib/34_scoring.ipynb #0caf8e25
 import re, unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 import numpy as np, pandas as pd
-from scipy import stats
 from .core import closest, rng
 from .judge import judge_many
 from .reward import REFUSALS, Outage, Score, Unparsable, match_option, matches
@@ -262,6 +259,10 @@ def _place(s)->tuple: return s.benchmark, _group(s, 'circular', OURS), s.corrupt
 FIELDS = 'benchmark index group category l2_category split source corruption severity'.split()
 LEVELS = ('clean', 'low', 'mid', 'hard')
 
+def severities(column)->pd.Categorical: # column: of names; known levels come first
+    "Severities in their order."
+    return pd.Categorical(column, [*LEVELS, *sorted(set(column) - set(LEVELS))], ordered=True)
+
 def _row(sample, o:Outcome, protocol:str, rules:Rules)->dict:
     kept = {f: str(getattr(sample, f, '')) for f in FIELDS}
     answer = rules.answer(sample.answer) if sample.options else sample.answer
@@ -290,8 +291,7 @@ def score_rows(samples:Sequence, # any objects with the attributes of bench_file
     outcomes = [outcome(s, t, p, compat) for s, t, p in zip(samples, said, protocols)]
     outcomes = _with_judge(samples, said, outcomes, protocols, judge, rules, workers=workers, progress=progress)
     frame = pd.DataFrame([_row(*x, rules) for x in zip(samples, outcomes, protocols)], columns=[*FIELDS, 'protocol', 'rules', 'rolls', 'answer', 'kind', 'value', 'read', 'note'])
-    levels = [*LEVELS, *sorted(set(frame.severity) - set(LEVELS))]
-    return frame.assign(severity=pd.Categorical(frame.severity, levels, ordered=True), value=frame.value.astype(float))
+    return frame.assign(severity=severities(frame.severity), value=frame.value.astype(float))
 
 # %% ../nbs/lib/34_scoring.ipynb #d363cc34
 def _verdict(rolls:pd.DataFrame, wanted:int)->dict: # rolls: rows of one group, by index; wanted: how many there should be
@@ -327,72 +327,99 @@ def score_units(rows:pd.DataFrame # of `score_rows`
     parts = [x for x in (alone, merged) if len(x)] or [alone]
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/lib/34_scoring.ipynb #d0cba045
-def _counts(g)->pd.DataFrame: # g: grouped units
-    out = g.agg(n=('value', 'size'), scored=('value', 'count'), score=('value', 'mean'))
-    out['score'], out['missing'] = 100*out.score, out.n - out.scored
-    return out.assign(**{k: g['kind'].agg(lambda x, k=k: int((x == k).sum())) for k in KINDS[2:]})
+# %% ../nbs/lib/34_scoring.ipynb #d9eb189e
+def _drawn(part:pd.DataFrame, # benchmark, group and value of units
+           keys:tuple, resamples:int)->np.ndarray: # keys: of the generator; resamples: a multiple of 100; (resamples,) scores
+    "Scores of groups drawn with replacement; NaN for fewer than two."
+    g, r = part.dropna(subset='value').groupby(['benchmark', 'group']).value, rng('scoring', *keys)
+    sums, sizes = 100*g.sum().to_numpy(), g.size().to_numpy()
+    if len(sums) < 2: return np.full(resamples, np.nan)
+    rounds = (r.integers(len(sums), size=(100, len(sums))) for _ in range(resamples//100)) # 100 at a time, for the memory
+    return np.concatenate([sums[at].sum(1)/sizes[at].sum(1) for at in rounds])
+
+# %% ../nbs/lib/34_scoring.ipynb #c26db51b
+def _line(parts:list, draws:list, level:float)->dict: # parts: units, averaged without weights; draws: scores of each
+    "One line of a table."
+    whole, tails = pd.concat(parts), [(1 - level)/2, (1 + level)/2]
+    low, high = np.quantile(np.mean(draws, axis=0), tails)
+    scored, kinds = int(whole.value.count()), {k: int((whole.kind == k).sum()) for k in KINDS} if 'kind' in whole else {}
+    return dict(n=len(whole), scored=scored, score=100*np.mean([p.value.mean() for p in parts]), low=low, high=high, missing=len(whole) - scored, **kinds)
 
 # %% ../nbs/lib/34_scoring.ipynb #6ba0e7f1
-def table(units:pd.DataFrame, # of `score_units`
-          by:str|Sequence=('benchmark', 'severity'), # benchmark, severity, corruption, category, l2_category, split, source, corruption_category
-          categories:Mapping|None=None, # corruption to its category; needed for corruption_category
-         )->pd.DataFrame: # n, scored, score (%), missing, refused, unparsable, pending
-    "Scores by any columns; ValueError for a column that does not exist."
+def _columns(units:pd.DataFrame, by, categories)->tuple: # units, list of columns
     by = [by] if isinstance(by, str) else list(by)
     if 'corruption_category' in by:
         if categories is None: raise ValueError("corruption_category needs categories, a mapping from corruption to category")
         units = units[units.corruption != ''].assign(corruption_category=lambda u: u.corruption.map(categories).fillna('unknown'))
     for b in by:
         if b not in units: raise ValueError(f'no column {b!r}: {closest(b, list(units))}')
-    return _counts(units.groupby(by, observed=True))
+    return units, by
 
-# %% ../nbs/lib/34_scoring.ipynb #a77d06d3
-def overview(units:pd.DataFrame)->pd.DataFrame: # benchmarks × severities, last row AVG
-    "Scores at a glance."
-    wide = table(units)['score'].unstack('severity')
-    wide.loc['AVG'] = wide.mean(skipna=False)
-    return wide
+# %% ../nbs/lib/34_scoring.ipynb #7b1e6f1c
+def table(units:pd.DataFrame, # of `score_units`, `drops` or `differences`
+          by:str|Sequence=('benchmark', 'severity'), # benchmark, severity, corruption, category, l2_category, split, source, corruption_category, …
+          average:str='', # one of `by`: adds lines AVG over its values
+          categories:Mapping|None=None, # corruption to its category; needed for corruption_category
+          seed:int=0, level:float=.95, resamples:int=2000, # of the intervals
+         )->pd.DataFrame: # n, scored, score (%), low, high, missing, one column per kind of outcome
+    "Scores with intervals by any columns; ValueError for a column that does not exist."
+    (units, by), lines, together = _columns(units, by, categories), {}, {}
+    cells = {k: (part, _drawn(part, (seed, *k), resamples)) for k, part in units.groupby(by, observed=True)}
+    for k in cells: together.setdefault(tuple('AVG' if b == average else x for b, x in zip(by, k)), []).append(k)
+    for avg, keys in together.items():
+        lines |= {k: _line([cells[k][0]], [cells[k][1]], level) for k in keys}
+        if average: lines[avg] = _line(*zip(*(cells[k] for k in keys)), level)
+    index = pd.MultiIndex.from_tuples(list(lines), names=by) if len(by) > 1 else pd.Index([k for k, in lines], name=by[0])
+    return pd.DataFrame(list(lines.values()), index=index, columns=None if lines else ['n', 'scored', 'score', 'low', 'high', 'missing', *KINDS])
 
-# %% ../nbs/lib/34_scoring.ipynb #d4730742
-def _pairs(units:pd.DataFrame)->pd.DataFrame: # corrupted units with the clean value of the same question
+# %% ../nbs/lib/34_scoring.ipynb #b7b5c20d
+def drops(units:pd.DataFrame # of one model
+         )->pd.DataFrame: # corrupted units; value: clean − corrupted, with clean and corrupted beside it
+    "What corruption costs, unit by unit; NaN where one of the two is not known."
     clean = units[units.severity == 'clean'].drop_duplicates(['benchmark', 'unit']).set_index(['benchmark', 'unit']).value.rename('clean')
-    return units[units.severity != 'clean'].join(clean, on=['benchmark', 'unit'])
+    bad = units[units.severity != 'clean'].drop(columns='kind').rename(columns={'value': 'corrupted'}).join(clean, on=['benchmark', 'unit'])
+    return bad.assign(value=bad.clean - bad.corrupted)
 
-def drop_from_clean(units:pd.DataFrame, by:str|Sequence=('benchmark', 'severity'))->pd.DataFrame: # n pairs, clean, score, drop, unpaired
-    "What corruption costs, in points."
-    both = _pairs(units).assign(known=lambda p: p.value.notna() & p.clean.notna())
-    g = both[both.known].groupby(by if isinstance(by, str) else list(by), observed=True)
-    out = 100*g.agg(clean=('clean', 'mean'), score=('value', 'mean'))
-    unpaired = (~both.known).groupby([both[b] for b in ([by] if isinstance(by, str) else by)], observed=True).sum().rename('unpaired')
-    return out.assign(drop=out.clean - out.score, n=g.size()).join(unpaired, how='right')
+# %% ../nbs/lib/34_scoring.ipynb #9a93310f
+def differences(a:pd.DataFrame, b:pd.DataFrame # units of two models
+               )->pd.DataFrame: # units of either; value: a − b
+    "How two models differ, unit by unit; NaN where one of the two is not known. ValueError when they share no unit."
+    on = ['benchmark', 'unit', 'group', 'corruption', 'severity']
+    both = a[[*on, 'value']].astype({'severity': str}).merge(b[[*on, 'value']].astype({'severity': str}), 'outer', on, suffixes=('_a', '_b'), indicator='seen', validate='one_to_one')
+    if not (both.seen == 'both').any(): raise ValueError('the two tables share no unit: score both models on the same rows')
+    return both.assign(value=both.value_a - both.value_b, severity=severities(both.severity))
 
 # %% ../nbs/lib/34_scoring.ipynb #a6ae62b8
-def _mean(v)->dict: return dict(score=100*v.mean(), n=len(v), scored=int(v.notna().sum()))
-
 def mme_table(rows:pd.DataFrame)->pd.DataFrame: # accuracy and both (%), score
     "MME by benchmark, severity and category."
     by = ['benchmark', 'severity', 'category']
-    two = _merged(rows, lambda g: 2).groupby(by, observed=True).value
-    out = _counts(rows.groupby(by, observed=True)).rename(columns={'score': 'accuracy'})
-    out['both'] = 100*two.mean()
-    return out.assign(score=out.accuracy + out.both)
+    out, two = table(rows, by).rename(columns={'score': 'accuracy'}).drop(columns=['low', 'high']), table(_merged(rows, lambda g: 2), by)
+    return out.assign(both=two.score, score=out.accuracy + two.score)
 
-# %% ../nbs/lib/34_scoring.ipynb #657e7997
-def _sources(rows:pd.DataFrame)->dict: # mean of the means
-    by = rows.source.where(rows.source != '', rows.category)
-    return dict(_mean(rows.value), score=100*rows.value.groupby(by).mean().mean(skipna=False))
+# %% ../nbs/lib/34_scoring.ipynb #963c6993
+def _pictures(rows:pd.DataFrame)->pd.DataFrame: # one line per picture; value: share right + all right
+    "What a picture of MME adds to the score; NaN unless all of its rows are known."
+    whole = _merged(rows, lambda g: 2)
+    share = rows.groupby(['benchmark', 'group', 'severity'], observed=True).value.agg(lambda v: v.mean(skipna=False))
+    return whole.assign(value=whole.value + share.loc[list(zip(whole.benchmark, whole.group, whole.severity))].to_numpy())
 
-_second = {'rolls': ('each roll alone', lambda r: _mean(r.value)), 'pairs': ('pairs', lambda r: _mean(_merged(r, lambda g: 2).value)),
-           'sources': ('mean of sources', _sources), 'both': ('MME score', lambda r: dict(_mean(r.value), score=mme_table(r).score.sum(skipna=False)))}
+_second = {'rolls': ('each roll alone', lambda r: r, ''), 'pairs': ('pairs', lambda r: _merged(r, lambda g: 2), ''), # name, rows -> units, column that is averaged over
+           'sources': ('mean of sources', lambda r: r.assign(source=r.source.where(r.source != '', r.category)), 'source'), 'both': ('MME score', _pictures, 'category')}
 
 # %% ../nbs/lib/34_scoring.ipynb #ee643b4c
-def beside(rows:pd.DataFrame)->pd.DataFrame: # by benchmark and severity: second, score, n, scored
+def _beside(kind:str, rows:pd.DataFrame)->dict: # rows: of one benchmark at one severity
+    name, change, column = _second[kind]
+    got = table(change(rows), column or 'benchmark', column)
+    times = len(got) - 1 if kind == 'both' else 1 # the sum over categories, not their mean
+    return dict(second=name, **(times*got.iloc[-1][['score', 'low', 'high']]), n=got.n.iloc[-1], scored=got.scored.iloc[-1])
+
+# %% ../nbs/lib/34_scoring.ipynb #86da2fdb
+def beside(rows:pd.DataFrame)->pd.DataFrame: # by benchmark and severity: second, score, low, high, n, scored
     "The second score of the benchmarks that have one."
     out = []
     for (b, s), r in rows.groupby(['benchmark', 'severity'], observed=True):
-        if kind := _entry(b)[1]: out.append(dict(benchmark=b, severity=s, second=_second[kind][0], **_second[kind][1](r)))
-    return pd.DataFrame(out, columns=['benchmark', 'severity', 'second', 'score', 'n', 'scored']).set_index(['benchmark', 'severity'])
+        if kind := _entry(b)[1]: out.append(dict(benchmark=b, severity=s, **_beside(kind, r)))
+    return pd.DataFrame(out, columns=['benchmark', 'severity', 'second', 'score', 'low', 'high', 'n', 'scored']).set_index(['benchmark', 'severity'])
 
 # %% ../nbs/lib/34_scoring.ipynb #79870f2f
 CAPABILITIES = ('rec', 'ocr', 'know', 'gen', 'spat', 'math')
@@ -401,18 +428,20 @@ def _needing(rows:pd.DataFrame, c:str)->pd.DataFrame: # rows that count for a ca
     twice = rows[(rows.category == c) & (rows.rules == KIT.name)] # the kit counts a question of one capability twice
     return pd.concat([rows[rows.category.str.contains(c, regex=False)], twice])
 
+def _each(groups:dict, name:str)->pd.DataFrame: # name to rows, which may overlap
+    return table(pd.concat([r.assign(**{name: k}) for k, r in groups.items()]), name).loc[[k for k, r in groups.items() if len(r)]]
+
 def capabilities(rows:pd.DataFrame)->pd.DataFrame: # by capability, last row Overall
     "MM-Vet by capability, of one benchmark at one severity."
-    out = {c: _needing(rows, c) for c in CAPABILITIES} | {'Overall': rows}
-    return pd.concat([_counts(r.groupby(lambda _: c)) for c, r in out.items() if len(r)])
+    return _each({c: _needing(rows, c) for c in CAPABILITIES} | {'Overall': rows}, 'capability')
 
 # %% ../nbs/lib/34_scoring.ipynb #6627d433
 def combinations(rows:pd.DataFrame)->pd.DataFrame: # by combination, last row Overall
     "MM-Vet by combination; our rules disregard the order in which a file names it."
     kit = rows.rules.eq(KIT.name).any()
     names = rows.category.map(lambda c: c.replace(',', '_') if kit else '_'.join(p for p in CAPABILITIES if p in c))
-    groups = {n: _needing(rows, n) if kit and n in CAPABILITIES else rows[names == n] for n in dict.fromkeys(names)} | {'Overall': rows}
-    return pd.concat([_counts(r.groupby(lambda _: n)) for n, r in groups.items()])
+    groups = {n: _needing(rows, n) if kit and n in CAPABILITIES else rows[names == n] for n in dict.fromkeys(names)}
+    return _each(groups | {'Overall': rows}, 'combination')
 
 # %% ../nbs/lib/34_scoring.ipynb #b1affdbc
 _abbreviated = {'coarse_perception': 'CP', 'finegrained_perception (instance-level)': 'FP-S', 'finegrained_perception (cross-instance)': 'FP-C',
@@ -426,45 +455,3 @@ def kit_report(units:pd.DataFrame)->pd.DataFrame: # fractions, splits × (Overal
     for column in ('l2_category', 'category'):
         for name in sorted(set(units[column]) - {''}): out[_abbreviated.get(name, name)] = units[units[column] == name].groupby('split').value.mean()
     return pd.DataFrame(out, index=sorted(g.groups))
-
-# %% ../nbs/lib/34_scoring.ipynb #622d7333
-class Interval(NamedTuple):
-    "A difference in points with its bootstrap interval."
-    n:int # pairs of values
-    groups:int # questions or groups that are resampled
-    difference:float; low:float; high:float
-
-# %% ../nbs/lib/34_scoring.ipynb #5f5c592a
-def _interval(d:pd.Series, # differences in [-1, 1]
-              group:list, # of each
-              keys:tuple, # of the generator
-              level:float, resamples:int)->Interval:
-    g = d.groupby(group)
-    sums, sizes, point = 100*g.sum().to_numpy(), g.size().to_numpy(float), 100*float(d.mean()) if len(d) else np.nan
-    if len(sums) < 2: return Interval(len(d), len(sums), point, np.nan, np.nan)
-    if np.ptp(sums/sizes) == 0: return Interval(len(d), len(sums), point, point, point)
-    ratio = lambda s, n, axis: s.sum(axis)/n.sum(axis)
-    ci = stats.bootstrap((sums, sizes), ratio, paired=True, vectorized=True, n_resamples=resamples, batch=200,
-                         confidence_level=level, method='percentile', rng=rng('scoring', *keys)).confidence_interval
-    return Interval(len(d), len(sums), point, float(ci.low), float(ci.high))
-
-# %% ../nbs/lib/34_scoring.ipynb #92184d3a
-def model_difference(a:pd.DataFrame, b:pd.DataFrame, # units of two models
-                     seed:int=0, level:float=.95, resamples:int=2000)->Interval:
-    "Mean of a − b over the units that both have a value for; ValueError when they share no unit."
-    on = ['benchmark', 'unit', 'corruption', 'severity']
-    text = lambda u: u.assign(severity=u.severity.astype(str))
-    both = text(a)[[*on, 'group', 'value']].merge(text(b)[[*on, 'value']], on=on, suffixes=('', '_b'), validate='one_to_one')
-    if not len(both): raise ValueError('the two tables share no unit: score both models on the same rows')
-    both = both.assign(d=both.value - both.value_b).dropna(subset='d')
-    return _interval(both.d, [both.benchmark, both.group], ('difference', seed), level, resamples)
-
-# %% ../nbs/lib/34_scoring.ipynb #bb3042ce
-def clean_drop(units:pd.DataFrame, # of one model
-               severity:str|None=None, # None: all corrupted units
-               seed:int=0, level:float=.95, resamples:int=2000)->Interval:
-    "Mean of clean − corrupted over the pairs that are known."
-    p = _pairs(units)
-    p = p[p.severity == severity] if severity else p
-    p = p.assign(d=p.clean - p.value).dropna(subset='d')
-    return _interval(p.d, [p.benchmark, p.group], ('drop', seed), level, resamples)

@@ -34,3 +34,6 @@ def slow(picture, prompt): # writes down what it is asked, and takes its time
     with open(os.environ['ASKED'], 'a') as f: f.write(prompt.split('Is it ')[1][0])
     time.sleep(float(os.environ['PAUSE']))
     return guess(picture, prompt)
+
+
+def silly(picture, prompt): return 'boat'

@@ -9,8 +9,17 @@ Each request takes the next behaviour of the script, then `default` for ever. A 
 import base64
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """The client of openai starts with waits of a hundredth of a second instead of half a second."""
+    monkeypatch.setattr('openai._base_client.INITIAL_RETRY_DELAY', .01)
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Raw:
-    """Any body with status 200: broken JSON, JSON of another shape, an error page."""
+    """Any body: broken JSON, JSON of another shape, an error page."""
     body: str
     content_type: str = 'application/json'
+    status: int = 200
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Request:
     path: str
     headers: dict # names in lower case
     body: dict
+    at: float # seconds on the clock of `time.monotonic`
 
     @property
     def parts(self): # content parts of all messages; a plain string is one text part
@@ -63,6 +74,13 @@ class Request:
 def completion(text, model): # body of a good reply
     return dict(id='fake', object='chat.completion', created=0, model=model, usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2),
                 choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=text))])
+
+
+NONSENSE = [Raw('<html>gateway</html>', 'text/html'), *map(Raw, (
+    '[]', 'null', '{"half":', '{"hello": 1}', '{"choices": []}', '{"choices": {}}', '{"choices": ["B"]}', '{"choices": [{"message": null}]}',
+    '{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}', '{"choices": [{"message": {"content": 3}}]}'))] # no completions
+FAILURES = {'too many requests': Status(429, headers={'Retry-After': '0.02'}), 'server error': Status(500), 'bad gateway': Status(502, '<html>'),
+            'time-out': Hang(), 'broken connection': Drop(), **{b.body: b for b in NONSENSE}} # may pass
 
 
 class FakeServer:
@@ -111,7 +129,7 @@ class FakeServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body, time.monotonic())
                 if not self.path.endswith('/chat/completions'): return self.send(404, '{"error": {"message": "no such path"}}')
                 server.busy(1)
                 try: self.act(server.take(request), request)
@@ -120,7 +138,7 @@ class FakeServer:
             def act(self, b, request):
                 if isinstance(b, str): self.send(200, json.dumps(completion(b, request.body.get('model', ''))))
                 elif isinstance(b, Status): self.send(b.code, json.dumps({'error': {'message': b.message}}), headers=b.headers)
-                elif isinstance(b, Raw): self.send(200, b.body, b.content_type)
+                elif isinstance(b, Raw): self.send(b.status, b.body, b.content_type)
                 elif isinstance(b, (Hang, Drop)):
                     if isinstance(b, Hang): server._closing.wait(b.seconds)
                     self.close_connection = True

@@ -1,6 +1,4 @@
 """Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
-import base64
-import io
 import json
 import logging
 import sys
@@ -10,20 +8,17 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import tiny_hf
 import torch
 from bench_rows import picture
-from clear_nb.adapters import (CallableAdapter, ClearAdapter, HFAdapter, Nonsense, Refused, Reply, ServerAdapter, _RowNoise, call_with_retries,
-                               open_adapter, prompt_of, response)
+from clear_nb.adapters import CallableAdapter, ClearAdapter, HFAdapter, Reply, ServerAdapter, _RowNoise, open_adapter, prompt_of, response
 from clear_nb.answer import ask, sampling_of
 from clear_nb.bench_files import Sample
 from clear_nb.generate import Noise, generate
-from clear_nb.reward import matches
-from clear_nb.scenes import benchmark
-from local_server import NONSENSE, serving
-from PIL import Image, ImageFilter
+from clear_nb.server import Refused
+from fake_server import FAILURES, FakeServer, Status, hasty
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_generate import talker
 
@@ -37,7 +32,7 @@ def rows(n=4):
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch): monkeypatch.setenv('OPENAI_API_KEY', KEY)
+def key(monkeypatch, hasty): monkeypatch.setenv('OPENAI_API_KEY', KEY)
 
 
 # ---------------------------------------------------------------- prompts
@@ -175,88 +170,84 @@ def test_hf_memory(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- servers
 
-def asks(server, **kw): return ServerAdapter('m', server.url, **{**dict(wait=.01, timeout=10, workers=4), **kw})
+def asks(server, **kw): return ServerAdapter('m', server.url, **{**dict(timeout=10, workers=4), **kw})
 
 
 def test_server_gets_the_row():
     "The request: picture as the file's own bytes, prompt, model, greedy; the reply stripped, with what else is known."
-    with serving(lambda n, prompt: ' B \n') as server:
+    with FakeServer(default=' B \n') as server:
         jpeg = replace(rows(1)[0], image=picture(0, kind='JPEG'))
         said = asks(server, instruction='Letter.')([jpeg])[0]
-        call = server.calls[0]
-    assert said.text == 'B' and json.loads(said.detail) == dict(finish='stop', model='served') and said.seconds > 0
-    assert call['key'] == f'Bearer {KEY}' and call['body']['model'] == 'm' and call['body']['temperature'] == 0 and call['prompt'] == prompt_of(jpeg, 'Letter.')
-    url = call['body']['messages'][0]['content'][0]['image_url']['url']
-    assert url.startswith('data:image/jpeg;base64,') and base64.b64decode(url.partition(',')[2]) == jpeg.image
+        [r] = server.requests
+    assert said.text == 'B' and json.loads(said.detail) == dict(finish='stop', model='m') and said.seconds > 0
+    assert r.headers['authorization'] == f'Bearer {KEY}' and r.body['model'] == 'm' and r.body['temperature'] == 0 and r.text == prompt_of(jpeg, 'Letter.')
+    assert r.images == [jpeg.image] and r.parts[0]['image_url']['url'].startswith('data:image/jpeg;base64,')
 
 
 def test_server_failures_pass():
     "429, 500, a hang, a lost connection and nonsense, mixed: every row gets its own answer, once."
-    failures = {2: 429, 4: 500, 5: 'hang', 7: 'drop', 8: 503, **{10 + k: b.encode() for k, b in enumerate(NONSENSE)}}
-    samples = [replace(s, question=f'row {s.index}') for s in rows(16)]
-    with serving(lambda n, prompt: failures.get(n, f'answer to {prompt}')) as server:
+    samples, script = [replace(s, question=f'row {s.index}') for s in rows(16)], [x for f in FAILURES.values() for x in (f, lambda r: f'answer to {r.text}')]
+    with FakeServer(script, default=lambda r: f'answer to {r.text}') as server:
         replies = asks(server, timeout=.6, tries=12)(samples)
-        calls = Counter(c['prompt'] for c in server.calls)
+        asked = Counter(r.text for r in server.requests)
     assert [r.text for r in replies] == [f'answer to row {k}' for k in range(16)]
-    assert sum(calls.values()) == 16 + len(failures) and set(calls) == {s.question for s in samples}
+    assert sum(asked.values()) == 16 + len(FAILURES) and set(asked) == {s.question for s in samples}
 
 
 def test_server_outages():
     "A row that never gets through is an outage; a 400 is not repeated."
-    def plan(n, prompt): return 400 if 'bad' in prompt else 500 if 'down' in prompt else 'B'
     a, b, c = rows(3)
-    with serving(plan) as server:
+    with FakeServer(default=lambda r: Status(400) if 'bad' in r.text else Status(500) if 'down' in r.text else 'B') as server:
         said = asks(server, tries=3)([a, replace(b, question='bad'), replace(c, question='down')])
-        calls = Counter(x['prompt'] for x in server.calls)
-    assert [r.text for r in said] == ['B', None, None] and calls['bad'] == 1 and calls['down'] == 3
-    assert 'status 400' in said[1].detail and 'tried 3×' in said[2].detail
+        asked = Counter(r.text for r in server.requests)
+    assert [r.text for r in said] == ['B', None, None] and asked['bad'] == 1 and asked['down'] == 3
+    assert 'code: 400' in said[1].detail and 'code: 500' in said[2].detail
 
 
 def test_server_absent():
     "Nobody listens: outages, no exception."
-    said = ServerAdapter('m', 'http://127.0.0.1:9/v1', tries=2, wait=.01)(rows(2))
-    assert [r.kind for r in said] == ['outage']*2 and 'APIConnectionError' in said[0].detail
+    said = ServerAdapter('m', 'http://127.0.0.1:9/v1', tries=2)(rows(2))
+    assert [r.kind for r in said] == ['outage']*2 and 'APIConnectionError: [Errno 111]' in said[0].detail
 
 
-@pytest.mark.parametrize('status', [401, 404])
-def test_server_refuses(status):
+@pytest.mark.parametrize('status, what', [(401, 'refused the key in OPENAI_API_KEY'), (404, "knows no model 'm'")])
+def test_server_refuses(status, what):
     "One sentence, no repetition, no further row; what was answered before travels along."
-    with serving(lambda n, prompt: 'B' if n <= 3 else status) as server:
-        with pytest.raises(Refused, match='refuses model .m.: .*OPENAI_API_KEY') as e: asks(server, workers=1)(rows(8))
-        assert len(server.calls) == 4
+    with FakeServer(['B']*3, default=Status(status)) as server:
+        with pytest.raises(Refused, match=what) as e: asks(server, workers=1)(rows(8))
+        assert len(server.requests) == 4
     assert [r and r.text for r in e.value.replies] == ['B']*3 + [None]*5 and isinstance(e.value, PermissionError) and '\n' not in str(e.value)
 
 
 def test_retry_after_is_obeyed():
     "A server that says how long to wait is asked no sooner."
-    with serving(lambda n, prompt: 429 if n == 1 else 'B') as server:
-        server.headers = {'retry-after': '1'}
-        assert asks(server, wait=.001)(rows(1))[0].text == 'B'
-        assert server.calls[1]['at'] - server.calls[0]['at'] >= 1
+    with FakeServer([Status(429, headers={'Retry-After': '1'})], default='B') as server:
+        assert asks(server)(rows(1))[0].text == 'B'
+        assert server.requests[1].at - server.requests[0].at >= 1
 
 
 def test_concurrency_and_rate():
-    "As many calls in flight as workers, and starts spaced by the rate."
+    "As many calls in flight as workers, and starts spaced by the rate, repetitions included."
     gate = threading.Barrier(4)
-    with serving(lambda n, prompt: gate.wait(10) and 'B' or 'B') as server:
+    with FakeServer(default=lambda r: gate.wait(10) and 'B' or 'B') as server:
         asks(server, workers=4)(rows(8))
         assert server.most == 4
-    with serving(lambda n, prompt: 'B') as server:
-        adapter, start = asks(server, workers=4, per_minute=1200), time.monotonic()
+    with FakeServer([Status(500)]*2, default='B') as server:
+        adapter, start = asks(server, workers=4, rpm=1200), time.monotonic()
         adapter(rows(5))
-    assert adapter.pace.free >= start + 5*.05 # where the next call may start
+    assert adapter.server.pace.free >= start + 7*.05 # where the next call may start
 
 
 def test_key_never_leaks(caplog, capsys, monkeypatch):
     "Not in texts, details, settings, repr, logs, tracebacks or messages, even when the server repeats it."
     caplog.set_level(logging.DEBUG)
     said = []
-    with serving(lambda n, prompt: {1: f'your key is {KEY}', 2: 500, 3: 400}.get(n, 401)) as server:
+    with FakeServer([f'your key is {KEY}', Status(500, KEY), Status(400, KEY)], default=Status(401, KEY)) as server:
         adapter = asks(server, workers=1, tries=1)
         said += adapter(rows(3))
         try: adapter(rows(1))
         except Refused as e: said += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
-    said += [repr(adapter), adapter.settings, {k: v for k, v in vars(adapter).items()}, caplog.text, *capsys.readouterr()]
+    said += [repr(adapter), adapter.settings, vars(adapter), vars(adapter.server), caplog.text, *capsys.readouterr()]
     assert said[0].text == 'your key is ***' and all(r.kind == 'outage' and '***' in r.detail for r in said[1:3])
     assert KEY not in ' '.join(map(str, said)) and len(said) > 8
     monkeypatch.setenv('OTHER_KEY', 'sk-\nInjected: x')
@@ -267,16 +258,8 @@ def test_key_never_leaks(caplog, capsys, monkeypatch):
 def test_no_key(monkeypatch):
     "A local server needs none."
     monkeypatch.delenv('OPENAI_API_KEY')
-    with serving(lambda n, prompt: 'B') as server:
-        assert asks(server)(rows(1))[0].text == 'B' and server.calls[0]['key'] == 'Bearer none'
-
-
-def test_call_with_retries_waits_longer():
-    "Pauses double, with a spread of one half, and end at the longest."
-    slept = []
-    def call(): raise Nonsense('?')
-    with pytest.raises(ConnectionError, match='tried 7×'): call_with_retries(call, tries=7, wait=1, longest=10, sleep=slept.append)
-    assert len(slept) == 6 and all(m/2 <= s <= m for s, m in zip(slept, (1, 2, 4, 8, 10, 10)))
+    with FakeServer(default='B') as server:
+        assert asks(server)(rows(1))[0].text == 'B' and server.requests[0].headers['authorization'] == 'Bearer none'
 
 
 # ---------------------------------------------------------------- functions and specs
@@ -301,35 +284,3 @@ def test_reply_types():
     assert Reply('').text == '' and Reply(None, 'outage').text is None
     for wrong in ((None, 'answer'), ('x', 'outage'), ('x', 'other')):
         with pytest.raises(ValueError): Reply(*wrong)
-
-
-# ---------------------------------------------------------------- a real model that reads
-
-def _signs(n):
-    "Questions about the only word of a scene, pictures of 64 pixels enlarged to 512."
-    items = [i for i in benchmark('realworldqa', 6*n) if i.question.ability == 'word'][:n]
-    for k, i in enumerate(items):
-        buffer = io.BytesIO()
-        Image.fromarray(i.image).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, 'PNG')
-        yield Sample('signs', str(k), i.question.prompt, i.question.truth, buffer.getvalue())
-
-
-def test_real_text_reader():
-    "A published reader that brings its weights, through the function adapter, on signs of the scene world: most words are read, hardly any behind heavy blur."
-    reader = pytest.importorskip('rapidocr_onnxruntime', reason='optional: pip install rapidocr-onnxruntime').RapidOCR(intra_op_num_threads=1)
-
-    def read(picture, prompt):
-        found, _ = reader(np.asarray(picture)[..., ::-1], use_cls=False)
-        return ' '.join(t for _, t, _ in found or [] if t.isascii() and t.isalpha() and len(t) > 1)
-    samples = list(_signs(6))
-    said = CallableAdapter(read)(samples)
-    assert all(r.kind == 'answer' for r in said)
-    assert sum(matches(r.text, s.answer) for s, r in zip(samples, said)) >= 4, [(s.answer, r.text) for s, r in zip(samples, said)]
-    blurred = [replace(s, image=blur(s)) for s in samples]
-    assert sum(matches(r.text, s.answer) for s, r in zip(blurred, CallableAdapter(read)(blurred))) <= 1
-
-
-def blur(s):
-    buffer = io.BytesIO()
-    Image.fromarray(s.pixels()).filter(ImageFilter.GaussianBlur(24)).save(buffer, 'PNG')
-    return buffer.getvalue()

@@ -124,8 +124,8 @@ def test_command(folder, photo, tmp_path, capsys):
     (['--model', 'nowhere'], 'no checkpoint at nowhere'), (['--steps', '1'], 'use at least 2'), (['--out', 'x.doc'], "unknown kind of image '.doc'"),
     (['--out', 'no/where.png'], 'no folder no; make it first')])
 def test_refusals(folder, photo, more, sentence, capsys):
-    "One sentence on standard error, status 1, nothing on standard output."
-    assert main(command(folder, photo, *more)) == 1
+    "One sentence on standard error, status 2, nothing on standard output."
+    assert main(command(folder, photo, *more)) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count('\n') == 1 and said.err.startswith('clear-nb: ') and said.out == ''
 
@@ -143,4 +143,4 @@ def test_entry_point(capsys):
     entry = getattr(import_module(module), name)
     with pytest.raises(SystemExit) as e: entry(['answer', '--help'])
     said = capsys.readouterr().out
-    assert e.value.code == 0 and all(f'--{o}' in said for o in ('model', 'image', 'question', 'out', 'seed', 'steps', 'policy'))
+    assert e.value.code == 0 and all(f'--{o}' in said for o in ('model', 'image', 'question', 'out', 'seed', 'steps', 'policy')) and '2 an error that you can mend' in ' '.join(said.split())

@@ -1,5 +1,6 @@
 """A run that is killed, split or half heard gives the same results as one that is not."""
 import base64
+import io
 import json
 import os
 import signal
@@ -12,14 +13,18 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_hf
 from bench_rows import guess, picture, rows, slow
 from clear_nb import bench_files
-from clear_nb.adapters import CallableAdapter, Refused, ServerAdapter
-from clear_nb.scoring import KINDS
+from clear_nb.adapters import CallableAdapter, ServerAdapter
 from clear_nb.bench import _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
 from clear_nb.bench_files import Sample
 from clear_nb.core import ROOT, rng
-from local_server import serving
+from clear_nb.scenes import benchmark
+from clear_nb.scoring import KINDS
+from clear_nb.server import Refused
+from fake_server import FAILURES, FakeServer, Status, hasty
+from PIL import Image, ImageFilter
 
 
 def results(out): return pd.read_parquet(collect(out)).drop(columns='seconds')
@@ -104,7 +109,7 @@ def test_outages_are_asked_again(whole, tmp_path):
     a = CallableAdapter(shaky)
     run_bench(a, rows(severities=['hard']), tmp_path/'r', progress=False)
     frame, _ = read_results(tmp_path/'r')
-    assert (frame.outcome == 'pending').sum() == 1 and frame.detail[frame.outcome == 'pending'].tolist() == ['TimeoutError: no reply']
+    assert (frame.kind == 'pending').sum() == 1 and frame.detail[frame.kind == 'pending'].tolist() == ['TimeoutError: no reply']
     for _ in range(3): run_bench(a, rows(severities=['hard']), tmp_path/'r', progress=False)
     assert results(tmp_path/'r').reply.tolist() == whole[whole.severity == 'hard'].reply.tolist() and sorted(calls.values()) == [1]*5 + [3]
 
@@ -112,22 +117,20 @@ def test_outages_are_asked_again(whole, tmp_path):
 def test_server_run(tmp_path, monkeypatch):
     "Against a failing server: 401 stops with the answers so far kept, failures are pending, then all are heard; the key is in no file."
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
-    mood = dict(fail=401, after=5)
-    def plan(n, prompt): return mood['fail'] if n > mood['after'] and (n % 2 or mood['fail'] == 401) else f'{guess(None, prompt)}.'
-    with serving(plan) as server:
-        a = ServerAdapter('m', server.url, workers=1, tries=2, wait=.01)
-        with pytest.raises(Refused): run_bench(a, rows(), tmp_path/'r', batch=8, progress=False)
-        assert results(tmp_path/'r').kind.tolist() == ['answer']*5 and len(server.calls) == 6
-        mood.update(fail=400)
-        run_bench(a, rows(), tmp_path/'r', batch=8, progress=False)
+    right = lambda request: f'{guess(None, request.text)}.'
+    with FakeServer([right]*5, default=Status(401)) as server:
+        def run(): run_bench(ServerAdapter('m', server.url, workers=1, tries=2), rows(), tmp_path/'r', batch=8, progress=False)
+        with pytest.raises(Refused): run()
+        assert results(tmp_path/'r').kind.tolist() == ['answer']*5 and len(server.requests) == 6
+        server.default = lambda request: Status(400) if len(server.requests) % 2 else right(request)
+        run()
         half = results(tmp_path/'r')
         assert len(half) == 24 and 5 < (half.kind == 'answer').sum() < 24
-        mood.update(after=10**9)
-        before = len(server.calls)
-        run_bench(a, rows(), tmp_path/'r', batch=8, progress=False)
-        assert len(server.calls) - before == (half.kind == 'outage').sum()
+        server.default, before = right, len(server.requests)
+        run()
+        assert len(server.requests) - before == (half.kind == 'outage').sum()
     frame, run = read_results(tmp_path/'r')
-    assert len(frame) == run['rows'] == 24 and set(frame.kind) == {'answer'}
+    assert len(frame) == run['rows'] == 24 and frame.value.notna().all()
     report_bench(tmp_path/'r', tmp_path/'r')
     assert not any(b'sk-of-the-bench' in p.read_bytes() for p in (tmp_path/'r').rglob('*') if p.is_file())
 
@@ -160,7 +163,7 @@ def test_report_counts(tmp_path):
     says = {'0': 'A', '1': 'A', '2': "I can't process this file.", '3': 'hm', '4': None}
     def f(picture, prompt): return says.get(prompt.split('Is it ')[1][0], 'yes')
     run_bench(CallableAdapter(f), rows(severities=['hard']), tmp_path/'r', progress=False, content='h')
-    table = report_bench(tmp_path/'r', tmp_path/'report')
+    table = report_bench(tmp_path/'r', tmp_path/'report')['accuracy']
     line = table[table.benchmark == 'b'].iloc[0]
     assert [line[o] for o in KINDS] == [2, 1, 1, 1, 1] and line.accuracy.mean == pytest.approx(100*2/5) and line.accuracy.n == 5 and line.rows == 6
     note = json.loads((tmp_path/'report'/'bench.json').read_text())
@@ -173,7 +176,7 @@ def test_unheard_is_unknown(tmp_path):
     "A model that was never heard has no accuracy, not 0."
     def silent(picture, prompt): raise OSError('off')
     run_bench(CallableAdapter(silent), rows(), tmp_path/'r', progress=False)
-    table = report_bench(tmp_path/'r', tmp_path/'r')
+    table = report_bench(tmp_path/'r', tmp_path/'r')['accuracy']
     assert table.accuracy.map(lambda e: np.isnan(e.mean)).all() and 'unknown' in (tmp_path/'r'/'bench.md').read_text() and '| 0.0' not in (tmp_path/'r'/'bench.md').read_text()
 
 
@@ -183,7 +186,7 @@ def test_several_models(tmp_path):
     def never(picture, prompt): return 'hm'
     a = run_bench(CallableAdapter(guess), data, tmp_path/'a', progress=False, content='x')
     b = run_bench(CallableAdapter(never), data, tmp_path/'b', progress=False, content='x')
-    table = report_bench([a, b], tmp_path/'o').set_index(['model', 'benchmark', 'severity']).accuracy.map(lambda e: e.mean)
+    table = report_bench([a, b], tmp_path/'o')['accuracy'].set_index(['model', 'benchmark', 'severity']).accuracy.map(lambda e: e.mean)
     assert table['guess', 'AVG', 'low'] == pytest.approx((table['guess', 'b', 'low'] + table['guess', 'c', 'low'])/2) and table['never', 'AVG', 'hard'] == 0
     assert table['guess', 'b', 'low'] == pytest.approx(100*5/6) and table['guess', 'c', 'low'] == 100
     c = run_bench(CallableAdapter(never), data, tmp_path/'c', progress=False, content='y')
@@ -201,8 +204,8 @@ def test_intervals_cover():
     "The 95 % interval of a line holds the true rate about as often as it says."
     hits = 0
     for k in range(40):
-        outcome = np.where(rng('cover', k).random(120) < .6, 'right', 'wrong')
-        frame = pd.DataFrame(dict(model='m', benchmark=f'b{k}', severity='hard', outcome=outcome))
+        value = (rng('cover', k).random(120) < .6).astype(float)
+        frame = pd.DataFrame(dict(model='m', benchmark=f'b{k}', severity='hard', group=range(120), value=value, kind=np.where(value, 'right', 'wrong')))
         e = accuracy_table(frame).accuracy[0]
         hits += e.low <= 60 <= e.high
     assert hits >= 34
@@ -216,7 +219,7 @@ def data(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir()
     def read_files(folder, severity=None, corruption=None): return iter([s for s in rows() if severity in (None, s.severity)])
     monkeypatch.setattr(bench_files, 'read_files', read_files, raising=False)
-    monkeypatch.setattr(bench_files, 'read_info', lambda folder: dict(content_hash='c1'), raising=False)
+    monkeypatch.setattr(bench_files, 'read_info', lambda folder: dict(content_hash='c1', severities=['clean', 'low', 'mid', 'hard']), raising=False)
     return tmp_path/'data'
 
 
@@ -239,7 +242,7 @@ def test_command_file(tmp_path, capsys):
     (tmp_path/'MMStar.tsv').write_text('\n'.join(lines) + '\n')
     assert main(command(tmp_path/'MMStar.tsv', tmp_path)) == 0
     frame, run = read_results(tmp_path/'run')
-    assert len(frame) == 3 and run['rows'] == 3 and set(frame.benchmark) == {'MMStar'} and len(run['content']) == 64
+    assert len(frame) == 3 and run['rows'] == 3 and [r['row'] for r in run['rejects']] == [4] and set(frame.benchmark) == {'MMStar'} and len(run['content']) == 64
     assert 'row 4 (index 9) left out: unreadable base64' in capsys.readouterr().err
 
 
@@ -247,7 +250,7 @@ def test_command_pending(data, tmp_path, capsys, monkeypatch):
     "Status 1 and one sentence while rows are pending."
     monkeypatch.setattr(sys.modules['bench_rows'], 'guess', lambda picture, prompt: None, raising=False)
     assert main(command(data, tmp_path, '--severity', 'hard')) == 1
-    assert '6 of 6 rows are pending; run the same command again' in capsys.readouterr().err
+    assert '6 rows are pending; run the same command again' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more, sentence', [
@@ -263,10 +266,213 @@ def test_command_refusals(data, tmp_path, more, sentence, capsys):
 
 def test_entry_point_knows_both(capsys):
     "The console script explains both commands."
-    for argv, words in {('--help',): ('answer', 'bench'), ('bench', '--help'): ('--model', '--data', '--severity', '--limit', '--instruction'), ('answer', '--help'): ('--image', '--question')}.items():
+    for argv, words in {('--help',): ('answer', 'bench', 'compare'), ('bench', '--help'): ('--model', '--data', '--severity', '--limit', '--instruction', 'Exit status: 0'), ('compare', '--help'): ('runs', '--out', 'Exit status: 0'), ('answer', '--help'): ('--image', '--question')}.items():
         with pytest.raises(SystemExit) as e: main(list(argv))
         said = capsys.readouterr().out
         assert e.value.code == 0 and all(w in said for w in words)
+
+
+# ---------------------------------------------------------------- files of others
+
+def write_tsv(path, lines, columns='index image question A B C D answer category l2-category'):
+    "Tab-separated rows; dicts of columns."
+    columns = columns.split()
+    path.write_text('\n'.join(['\t'.join(columns), *('\t'.join(str(line.get(c, '')) for c in columns) for line in lines)]) + '\n')
+    return str(path)
+
+
+def code(k): return base64.b64encode(picture(k, 24, 24)).decode()
+
+
+def told(picture, prompt): return prompt.split('say ')[1].split('?')[0] # what the question says
+
+
+WORDS = ('None', 'NA', 'dog', 'cat')
+
+
+def turned(index, k, say): # a question about four options, rolled k times; the right one is None
+    texts = np.roll(WORDS, k).tolist()
+    return dict(zip('ABCD', texts), index=index + k*1_000_000, image=code(index) if k == 0 else index, question=f'Please say {say}?',
+                answer='ABCD'[texts.index('None')], category='mood', **{'l2-category': 'reasoning'})
+
+
+@pytest.fixture
+def released(tmp_path):
+    "Look-alikes of four released files; in each, half of the questions are answered right."
+    (tmp_path/'data').mkdir()
+    rolled = [turned(1, k, 'None') for k in range(4)] + [turned(2, k, 'None' if k < 3 else 'NA') for k in range(4)]
+    pairs = [dict(index=k, image=code(k), question=f'Please say {"(b)" if k == 4 else "(a)"}?', A='Open', B='NA', answer='A') for k in range(1, 5)]
+    star = [dict(index=k, image=code(k), question=f'Please say {"C" if k else "A"}?', A='x', B='y', C='null', answer='C', category='science') for k in range(2)]
+    vet = [dict(index=f'v1_{k}', image=code(k), question=f'Please say {w}?', answer='truck <OR> lorry <AND> green', category='rec,ocr') for k, w in enumerate(('green lorry', 'boat'))]
+    return [write_tsv(tmp_path/'data'/f'{name}.tsv', lines) for name, lines in (('MMBench_DEV_EN_V11_LOW_LEVEL_HIGH', rolled), ('MMVP_LOW_LEVEL_LOW', pairs),
+                                                                                ('MMStar_motion_blur', star), ('MMVet_LOW_LEVEL_MID', vet))]
+
+
+def bench(tmp_path, data, *more, model='python:test_bench:told', out='run'): return main(['bench', '--model', model, '--data', *map(str, data), '--out', str(tmp_path/out), *more])
+
+
+def report(tmp_path, name='bench', out='run'): return pd.read_csv(tmp_path/out/f'{name}.csv', dtype={'row': str, 'index': str}, keep_default_na=False)
+
+
+def test_released_files(released, tmp_path, capsys):
+    "Name, rolls, pointers, pairs and missing-looking options; MM-Vet waits for a judge instead of being scored as 0."
+    assert bench(tmp_path, released) == 1
+    t = report(tmp_path).set_index(['benchmark', 'severity'])
+    assert set(t.index) == {(b, s) for x, s in (('MMBench_DEV_EN_V11', 'hard'), ('MMVP', 'low'), ('MMStar', 'hard'), ('MMVet', 'mid')) for b in (x, 'AVG')}
+    assert {b: (float(t.accuracy[b, s]), t.n[b, s], t.rows[b, s]) for b, s in (('MMBench_DEV_EN_V11', 'hard'), ('MMVP', 'low'), ('MMStar', 'hard'))} == {
+        'MMBench_DEV_EN_V11': (50, 2, 2), 'MMVP': (75, 4, 4), 'MMStar': (50, 2, 2)}
+    assert t.accuracy['MMVet', 'mid'] == 'unknown' and t.pending['MMVet', 'mid'] == 2 and float(t.accuracy['AVG', 'hard']) == 50
+    second = report(tmp_path, 'bench_second').set_index('second')
+    assert (float(second.score['pairs']), second.n['pairs']) == (50, 2) and float(second.score['each roll alone']) == 87.5
+    assert set(report(tmp_path, 'bench_corruption').query("benchmark != 'AVG'")[['benchmark', 'category', 'corruption']].itertuples(index=False, name=None)) == {
+        ('MMStar', 'capture', 'motion_blur'), *((b, 'unknown', 'unknown') for b in ('MMBench_DEV_EN_V11', 'MMVP', 'MMVet'))}
+    assert set(report(tmp_path, 'bench_category').query("benchmark == 'MMBench_DEV_EN_V11'")[['kind', 'name']].itertuples(index=False, name=None)) == {('category', 'mood'), ('l2-category', 'reasoning')}
+    frame, _ = read_results(tmp_path/'run')
+    assert len(frame) == 16 and not (tmp_path/'run'/'bench_drop.csv').exists() and 'no clean one' in (tmp_path/'run'/'bench.md').read_text()
+    assert '2 rows need a judge: add --judge' in capsys.readouterr().err
+
+
+def test_judged_and_compared(released, tmp_path, monkeypatch, capsys):
+    "With a judge MM-Vet has grades; comparing runs asks neither a model nor the judge again, and says how sure the difference is."
+    monkeypatch.setenv('OPENAI_API_KEY', 'x')
+    vet = released[3:]
+    with FakeServer(default=lambda r: '0.8' if '"answer": "green lorry"' in r.text.rpartition('{"question"')[2] else '0.3') as server:
+        judge = ['--judge', f'j@{server.url}']
+        assert bench(tmp_path, vet, *judge) == 0 and bench(tmp_path, vet, *judge, model='python:bench_rows:silly', out='other') == 0
+        asked = len(server.requests)
+        assert asked == 4 and all('truck <OR> lorry <AND> green' in r.text for r in server.requests)
+        assert main(['compare', str(tmp_path/'run'), str(tmp_path/'other'), '--out', str(tmp_path/'both'), *judge]) == 0 and len(server.requests) == asked
+    assert report(tmp_path).accuracy.astype(float).tolist() == [55, 55] and report(tmp_path, 'bench_category').query("kind == 'capability'").name.tolist() == ['rec', 'ocr', 'Overall']
+    t = report(tmp_path, 'bench_difference', 'both').iloc[0]
+    assert (t.models, t.benchmark, float(t.difference), t.n) == ('test_bench:told − bench_rows:silly', 'MMVet', 25, 2) and float(t.low) <= 25 <= float(t.high)
+    assert '## Differences between models' in (tmp_path/'both'/'bench.md').read_text() and 'test_bench:told − bench_rows:silly' in capsys.readouterr().out
+
+
+def test_clean_and_corrupted_files(tmp_path):
+    "With the clean file beside the corrupted ones the report has the drop, on the same questions."
+    lines = lambda right: [dict(index=k, image=code(k), question=f'Please say {"A" if k < right else "B"}?', A='x', B='y', answer='A') for k in range(8)]
+    files = [write_tsv(tmp_path/f'MMStar{suffix}.tsv', lines(right)) for suffix, right in (('', 6), ('_LOW_LEVEL_LOW', 5), ('_LOW_LEVEL_HIGH', 2))]
+    assert bench(tmp_path, files) == 0
+    t = report(tmp_path, 'bench_drop').query("benchmark == 'MMStar'").set_index('severity')
+    assert t['drop'].astype(float).to_dict() == dict(low=12.5, hard=50) and t.n.tolist() == [8, 8] and (t.low.astype(float) < t['drop'].astype(float)).all()
+    assert main(['compare', str(tmp_path/'run'), '--out', str(tmp_path/'again')]) == 0
+    for name in ('bench.csv', 'bench_drop.csv', 'bench.md', 'bench.svg'): assert (tmp_path/'again'/name).read_bytes() == (tmp_path/'run'/name).read_bytes()
+
+
+# ---------------------------------------------------------------- bad input
+
+GOOD = dict(question='Please say A?', A='x', B='y', answer='A')
+FAULTS = {'unreadable base64': dict(image='?'*80), 'undecodable image': dict(image=base64.b64encode(b'no picture'*9).decode()), 'duplicate index': dict(index=1), 'no index': dict(index=''),
+          'answer is no option': dict(answer='C'), 'no answer': dict(answer=''), 'no picture': dict(image=''), 'pointer to nothing': dict(image=77), 'malformed row': dict(B='y\tz')}
+
+
+@pytest.mark.parametrize('reason', FAULTS)
+def test_faulty_row(tmp_path, reason, capsys):
+    "Not asked, not replaced: row and reason in the report, counted in text and summary; the other rows have their scores."
+    lines = [dict(GOOD, index=k, image=code(k)) for k in range(3)] + [dict(GOOD, index=9, image=code(9)) | FAULTS[reason]]
+    assert bench(tmp_path, [write_tsv(tmp_path/'MMStar.tsv', lines)]) == 0
+    left, summary = report(tmp_path, 'bench_left_out').iloc[0], json.loads((tmp_path/'run'/'bench.json').read_text())
+    assert (left.kind, left.row, left.reason) == ('rejected', '4', reason) and left.detail.startswith('MMStar.tsv')
+    assert summary['models'][0]['rejected'] == {reason: 1} and f'NOT USABLE: test_bench:told: {reason} 1.' in summary['caption']
+    assert f'| test_bench:told | rejected | {reason} | 1 |' in (tmp_path/'run'/'bench.md').read_text() and f'row 4 (index {left["index"]}) left out: {reason}' in capsys.readouterr().err
+    assert report(tmp_path).rows.tolist() == [3, 3] and report(tmp_path).accuracy.astype(float).tolist() == [100, 100]
+
+
+@pytest.mark.parametrize('text, sentence', [('', 'MMStar.tsv is empty'), ('index\timage\tquestion\tanswer\n', 'no rows'), ('index\timage\tA\n1\tx\ty\n', "lacks the columns ['question', 'answer']")])
+def test_faulty_file(tmp_path, text, sentence, capsys):
+    (tmp_path/'MMStar.tsv').write_text(text)
+    assert bench(tmp_path, [tmp_path/'MMStar.tsv']) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count('\n') == 1 and not (tmp_path/'run'/'bench.md').exists()
+
+
+def test_too_small_a_picture(tmp_path):
+    "What the builder could not corrupt is in the report of every run on its folder."
+    samples = [Sample('MMStar', str(k), 'Please say A?', 'A', picture(k, *((80, 80) if k else (12, 40))), dict(A='x', B='y')) for k in range(3)]
+    bench_files.build_files(samples, tmp_path/'built', corruptions=['block_exchange'], progress=False)
+    assert bench(tmp_path, [tmp_path/'built'], '--severity', 'hard', 'low') == 0
+    left = report(tmp_path, 'bench_left_out')
+    assert left[['row', 'index', 'reason']].values.tolist() == [['1', '0', 'too small']] and 'needs' in left.detail[0]
+    assert report(tmp_path).query("benchmark != 'AVG'")[['severity', 'rows']].values.tolist() == [['low', 2], ['hard', 2]]
+
+
+def over_server(tmp_path, server, *more):
+    "A benchmark of eight rows through a server; the fourth row is called `bad`."
+    lines = [dict(GOOD, index=k, image=code(k), question=f'Row {k}: {"bad" if k == 3 else "good"}') for k in range(8)]
+    return bench(tmp_path, [write_tsv(tmp_path/'MMStar.tsv', lines)], '--set', 'tries=2', 'timeout=0.4', 'workers=3', *more, model=f'server:m@{server.url}')
+
+
+@pytest.mark.parametrize('name', FAILURES)
+def test_bad_server(tmp_path, name, hasty, monkeypatch, capsys):
+    "The row that a server never answers is pending, with its reason in the report; the next call asks that row alone."
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
+    with FakeServer(default=lambda r: FAILURES[name] if 'bad' in r.text else 'A') as server:
+        assert over_server(tmp_path, server) == 1 and Counter('bad' in r.text for r in server.requests) == {False: 7, True: 2}
+        left = report(tmp_path, 'bench_left_out').iloc[0]
+        assert (left.kind, left['index'], report(tmp_path).pending[0], report(tmp_path).n[0]) == ('pending', '3', 1, 7) and left.reason
+        assert left.reason in (tmp_path/'run'/'bench.md').read_text() and '1 rows are pending; run the same command again' in capsys.readouterr().err
+        server.default, asked = 'B', len(server.requests)
+        assert over_server(tmp_path, server) == 0 and len(server.requests) == asked + 1
+    assert report(tmp_path).loc[0, ['rows', 'right', 'wrong', 'pending']].tolist() == [8, 7, 1, 0]
+    assert not any(b'sk-of-the-bench' in p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file())
+
+
+def test_every_failure_at_once(tmp_path, hasty):
+    "429, 500, time-outs, lost connections and nonsense between the answers: nothing lost, nothing counted twice."
+    script = [x for k, f in enumerate(FAILURES.values()) for x in ([f, 'A'] if k % 2 else [f])]
+    with FakeServer(script, default='A') as server:
+        assert over_server(tmp_path, server, '--set', 'tries=20', 'timeout=0.4', 'workers=3') == 0
+        assert len(server.requests) == 8 + len(FAILURES) and {r.text.split('Row ')[1][0] for r in server.requests} == set('01234567')
+    assert report(tmp_path).loc[0, ['rows', 'right', 'pending']].tolist() == [8, 8, 0] and len(results(tmp_path/'run')) == 8
+
+
+@pytest.mark.parametrize('status', [401, 404])
+def test_refusing_server(tmp_path, status, monkeypatch, capsys):
+    "One sentence, status 2; what was answered before is kept, and only the rest is asked when the key is right."
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
+    with FakeServer(['A']*4, default=Status(status, 'no sk-of-the-bench')) as server:
+        assert over_server(tmp_path, server, '--set', 'workers=1') == 2
+        said = capsys.readouterr()
+        assert said.err.splitlines()[-1].startswith('clear-nb: http') and 'start again' in said.err and 'sk-of-the-bench' not in said.err + said.out
+        assert len(results(tmp_path/'run')) == 4 and len(server.requests) == 5
+        server.default = 'A'
+        assert over_server(tmp_path, server) == 0 and len(server.requests) == 9
+    assert report(tmp_path).loc[0, ['rows', 'right']].tolist() == [8, 8]
+
+
+# ---------------------------------------------------------------- real models
+
+def test_hugging_face_end_to_end(tmp_path, capsys):
+    "A model that nobody here trained, offline: built benchmark, folder of the model, one command, report; again with nothing to ask."
+    bench_files.build_files(bench_files.from_scenes('mmbench', 2), tmp_path/'built', relative=True, severities=['low', 'hard'], progress=False)
+    model = f'hf:{tiny_hf.idefics(tmp_path/"SomeVLM")}'
+    for _ in range(2): assert bench(tmp_path, [tmp_path/'built'], '--set', 'device=cpu', 'max_new_tokens=4', model=model) == 0
+    t = report(tmp_path).query("benchmark == 'mmbench'")
+    assert t.model.tolist() == ['SomeVLM']*2 and t.severity.tolist() == ['low', 'hard'] and t.rows.tolist() == [2, 2]
+    assert (t[['right', 'wrong', 'refused', 'unparsable']].sum(axis=1) == 2).all() and len(results(tmp_path/'run')) == 16
+    assert len(set(results(tmp_path/'run').reply)) > 1 and '| SomeVLM | mmbench | low | 2 |' in capsys.readouterr().out
+
+
+def test_real_text_reader(tmp_path):
+    "A published reader that brings its weights, on signs of the scene world: most words are read, hardly any behind heavy blur, and the report says how sure the drop is."
+    reader = pytest.importorskip('rapidocr_onnxruntime', reason='optional: pip install rapidocr-onnxruntime').RapidOCR(intra_op_num_threads=1)
+
+    def reads(picture, prompt):
+        found, _ = reader(np.asarray(picture)[..., ::-1], use_cls=False)
+        return ' '.join(t for _, t, _ in found or [] if t.isascii() and t.isalpha() and len(t) > 1)
+    items = [i for i in benchmark('realworldqa', 36) if i.question.ability == 'word'][:6]
+    large = [Image.fromarray(i.image).resize((512, 512), Image.Resampling.BICUBIC) for i in items]
+    signs = [Sample('signs', str(k), i.question.prompt, i.question.truth, png(im), corruption=c, severity=s) for c, s, blur in (('', 'clean', 0), ('lens_blur', 'hard', 24))
+             for k, (i, im) in enumerate(zip(items, (im.filter(ImageFilter.GaussianBlur(blur)) for im in large)))]
+    tables = report_bench(run_bench(CallableAdapter(reads), signs, tmp_path/'r', progress=False), tmp_path/'r')
+    clean, hard = tables['accuracy'].query("benchmark == 'signs'").accuracy
+    assert clean.n == hard.n == 6 and clean.mean > 60 > 20 > hard.mean and tables['drop']['drop'][0].low > 0, (clean, hard)
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    return buffer.getvalue()
 
 
 @pytest.mark.slow

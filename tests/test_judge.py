@@ -10,23 +10,21 @@ import openai
 import pytest
 from clear_nb import scenes
 from clear_nb.bench_files import Sample
-from clear_nb.judge import OPEN, OPTION, SHORT, LLMJudge, Refused, judge_many, read_letter
+from clear_nb.judge import OPEN, OPTION, SHORT, LLMJudge, judge_many, read_letter
 from clear_nb.reward import Outage, Score, Unparsable
-from fake_server import Drop, FakeServer, Hang, Raw, Status
+from clear_nb.server import Refused, Server
+from fake_server import FAILURES, Drop, FakeServer, Hang, Raw, Status, hasty
 
 KEY = 'sk-never-to-be-seen-0123456789'
 QUESTION = Sample('MMVet', '1', 'What is there?', 'a dog <AND> a cat')
 CHOICE = Sample('MMStar', '1', 'Which animal?', 'B', options=dict(A='cat', B='dog'))
-FAILURES = {'too many requests': Status(429, headers={'Retry-After': '0.02'}), 'server error': Status(500), 'bad gateway': Status(502, '<html>'),
-            'broken json': Raw('{"choices": [{'), 'other json': Raw('{"hello": 1}'), 'no choices': Raw('{"choices": []}'), 'list': Raw('[1]'),
-            'error page': Raw('<html>sorry</html>', 'text/html'), 'time-out': Hang(), 'broken connection': Drop()}
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch): monkeypatch.setenv('OPENAI_API_KEY', KEY)
+def key(monkeypatch, hasty): monkeypatch.setenv('OPENAI_API_KEY', KEY)
 
 
-def judge_of(server, **kw): return LLMJudge('toy-judge', server.url, **{'backoff': .002, 'timeout': .4 if Hang() in [*server.script, server.default] else 20., **kw})
+def judge_of(server, **kw): return LLMJudge('toy-judge', server.url, **{'timeout': .3 if Hang() in [*server.script, server.default] else 20., **kw})
 
 
 @pytest.mark.parametrize('name', FAILURES)
@@ -43,7 +41,7 @@ def test_lasting_failure(name, tmp_path):
     with FakeServer(default=FAILURES[name]) as server:
         judge = judge_of(server, tries=2, cache=tmp_path/'r.jsonl')
         got = judge(QUESTION, 'a dog')
-        assert isinstance(got, Outage) and '2 of 2' in got.reason and len(server.requests) == 2
+        assert isinstance(got, Outage) and got.reason and len(server.requests) == 2
         server.default = '1'
         assert judge(QUESTION, 'a dog') == Score(1.) and len((tmp_path/'r.jsonl').read_text().splitlines()) == 1
 
@@ -51,15 +49,29 @@ def test_lasting_failure(name, tmp_path):
 def test_nobody_there():
     """A server that is gone."""
     with FakeServer() as server: url = server.url
-    assert isinstance(LLMJudge('toy', url, backoff=.001, tries=2)(QUESTION, 'a dog'), Outage)
+    assert isinstance(LLMJudge('toy', url, tries=2)(QUESTION, 'a dog'), Outage)
 
 
-def test_retry_after_is_kept():
-    """The wait the server asks for is a lower bound, up to the longest wait."""
-    judge = LLMJudge('toy', backoff=.01, longest=5.)
-    assert judge._wait('q', 0, 3.) == 3. and judge._wait('q', 0, 300.) == 5. and judge._wait('q', 20, 0.) == 5.
-    again = LLMJudge('toy', backoff=.01, longest=5.)
-    assert [judge._wait('q', k, 0) for k in range(5)] == [again._wait('q', k, 0) for k in range(5)] != [judge._wait('p', k, 0) for k in range(5)]
+def test_waits(monkeypatch):
+    """The wait the server asks for is obeyed; without a word it doubles, up to a limit, with a spread."""
+    slept = []
+    monkeypatch.setattr('openai._base_client.time.sleep', slept.append)
+    monkeypatch.setattr('openai._base_client.INITIAL_RETRY_DELAY', .5)
+    with FakeServer([Status(429, headers={'Retry-After': '7'}), *[Status(500)]*6]) as server: Server('m', server.url).ask('?')
+    slept = [s for s in slept if s] # the pace has nothing to wait for
+    assert slept[0] == 7 and all(.75*m <= s <= m for s, m in zip(slept[1:], (1, 2, 4, 8, 8, 8))) and len(slept) == 7
+
+
+def test_one_flagged_question():
+    """403 ends a run that was never served; later it is about one question. No quota ends it at any time."""
+    with FakeServer(['1', Status(403, 'flagged'), '1', Raw('{"error": {"code": "insufficient_quota"}}', status=429)]) as server:
+        s = Server('m', server.url, tries=1)
+        assert s.ask('one')[0] == '1'
+        with pytest.raises(ConnectionError, match='flagged'): s.ask('two')
+        assert s.ask('three')[0] == '1'
+        with pytest.raises(Refused, match='no quota'): s.ask('four')
+        with pytest.raises(Refused, match='no quota'): s.ask('five')
+        assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize('code', [400, 413, 422])
@@ -76,8 +88,8 @@ def test_unacceptable_request(code):
 def test_refused(code, word, tmp_path):
     """One clear error; questions that wait are not asked; what was judged before stays in the cache."""
     with FakeServer(['1'], default=Status(code, f'wrong key {KEY}')) as server:
+        assert judge_of(server, cache=tmp_path/'r.jsonl')(QUESTION, 'first') == Score(1.)
         judge = judge_of(server, cache=tmp_path/'r.jsonl')
-        assert judge(QUESTION, 'first') == Score(1.)
         with pytest.raises(Refused, match=word) as e: judge_many(judge, [(QUESTION, f'{k}') for k in range(50)], workers=4, progress=False)
         assert len(server.requests) <= 1 + 4 and e.value.__context__ is None and KEY not in ''.join(traceback.format_exception(e.value))
         asked = len(server.requests)
@@ -96,9 +108,7 @@ def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
         seen += [judge(QUESTION, f'{k}') for k in range(4)]
         with pytest.raises(Refused) as e: judge(QUESTION, 'last')
         assert all(r.headers['authorization'] == f'Bearer {KEY}' for r in server.requests) # it was used
-    monkeypatch.delenv('OPENAI_API_KEY')
-    with pytest.raises(ValueError, match='OPENAI_API_KEY') as missing: LLMJudge('toy', server.url)(QUESTION, 'a dog')
-    seen += [judge, asdict(judge), *traceback.format_exception(e.value), missing.value, *capfd.readouterr(), (tmp_path/'r.jsonl').read_text()]
+    seen += [judge, asdict(judge), vars(judge), *traceback.format_exception(e.value), *capfd.readouterr(), (tmp_path/'r.jsonl').read_text()]
     seen += [r.getMessage() for r in caplog.records]
     assert [type(s).__name__ for s in seen[:4]] == ['Score', 'Unparsable', 'Outage', 'Outage'] and len(caplog.records) > 5
     assert not [s for s in map(str, seen) if KEY in s] and not [s for s in map(repr, seen) if KEY in s]
@@ -110,12 +120,14 @@ def test_key_variable(monkeypatch):
     with FakeServer() as server:
         judge_of(server, key_env='OTHER_KEY')(QUESTION, 'a dog')
         assert server.requests[0].headers['authorization'] == 'Bearer other'
+    with FakeServer(default=Status(401)) as server:
+        with pytest.raises(Refused, match='NO_SUCH_KEY, which is not set'): judge_of(server, key_env='NO_SUCH_KEY')(QUESTION, 'a dog')
 
 
 @pytest.mark.parametrize('reply', ['I cannot judge this', '85', '-0.1', 'nan', '', '0.5 or 0.6', None])
 def test_unparsable_score(reply):
     """No number: unparsable with the reply's beginning, asked once."""
-    with FakeServer(default=Raw(json.dumps({'choices': [{'message': {'content': reply}}]}))) as server:
+    with FakeServer(default=Raw(json.dumps({'choices': [{'message': {'content': reply}, 'finish_reason': 'length'}]}))) as server:
         judge = judge_of(server)
         got = judge(QUESTION, 'a dog')
         assert isinstance(got, Unparsable) and (reply or '')[:20] in got.reason and judge(QUESTION, 'a dog') == got and len(server.requests) == 1
@@ -226,7 +238,7 @@ def test_rate():
         assert time.monotonic() - begun >= 9*.02 and len(server.requests) == 10
 
 
-@pytest.mark.parametrize('kw, match', [(dict(task='opne'), 'opne'), (dict(tries=0), 'tries'), (dict(rpm=0), 'rpm'), (dict(base_url='localhost:1'), 'http')])
+@pytest.mark.parametrize('kw, match', [(dict(task='opne'), 'opne'), (dict(tries=0), 'tries'), (dict(rpm=0), 'rpm'), (dict(base_url='localhost:1'), 'http'), (dict(base_url='http://u:p@h/v1'), 'user name')])
 def test_bad_settings(kw, match):
     """One sentence says what is wrong."""
     with pytest.raises(ValueError, match=match): LLMJudge('toy', **kw)

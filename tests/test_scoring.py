@@ -13,7 +13,7 @@ from clear_nb.bench_files import Sample
 from clear_nb.core import rng
 from clear_nb.judge import LLMJudge
 from clear_nb.reward import Outage, RuleJudge, Score, Unparsable, match_option
-from fake_server import FakeServer, Status
+from fake_server import FakeServer, Status, hasty
 
 GOLDEN = Path(__file__).parent/'golden'/'scoring'
 OPTIONS = [json.loads(line) for line in (GOLDEN/'option_matching.jsonl').read_text().splitlines()]
@@ -285,12 +285,13 @@ def test_tables_against_loops():
             mine = rows[(rows[by].astype(str) == list(key)).all(axis=1)]
             assert got.loc[key].score == pytest.approx(100*mine.value.mean()) and got.loc[key].n == len(mine) and got.loc[key].unparsable == (mine.kind == 'unparsable').sum()
     names = {c.name: c.category for c in degrade.CORRUPTIONS.values()}
-    got = sc.table(units, 'corruption_category', names)
+    got = sc.table(units, 'corruption_category', categories=names)
     bad = rows[rows.severity != 'clean']
     for c in degrade.CATEGORIES: assert got.score[c] == pytest.approx(100*bad.value[bad.corruption.map(names) == c].mean())
     assert got.n.sum() == len(bad)
-    wide = sc.overview(units)
-    assert list(wide.columns) == ['clean', 'low', 'hard'] and wide.loc['AVG', 'low'] == pytest.approx(wide['low'][:2].mean())
+    score = sc.table(units, average='benchmark').score
+    assert list(dict.fromkeys(score.index.get_level_values('severity'))) == ['clean', 'low', 'hard'] and list(score.index)[2] == ('AVG', 'clean')
+    assert score['AVG', 'low'] == pytest.approx((score['MMStar', 'low'] + score['RealWorldQA', 'low'])/2)
 
 
 def test_drop_is_paired():
@@ -299,16 +300,15 @@ def test_drop_is_paired():
     hide = rng('test', 'hide').random(len(rows)) < .2
     rows.loc[hide, 'value'] = np.nan
     rows.loc[hide, 'kind'] = 'pending'
-    got = sc.drop_from_clean(sc.score_units(rows))
+    lost = sc.drops(sc.score_units(rows))
+    got = sc.table(lost)
     for (b, s), d in got.iterrows():
         clean, other = (rows[(rows.benchmark == b) & (rows.severity == x)].set_index('index').value for x in ('clean', s))
         both = clean.notna() & other.notna()
-        assert d['n'] == both.sum() and d.unpaired == (~both).sum() and d['drop'] == pytest.approx(100*(clean - other)[both].mean())
-        assert d.clean == pytest.approx(100*clean[both].mean())
-    assert len(got) == 4 and sc.drop_from_clean(sc.score_units(rows), 'corruption')['n'].sum() == got['n'].sum()
-    every = rows.assign(value=np.nan)
-    assert sc.drop_from_clean(sc.score_units(every)).n.isna().all() # nothing known: no score, and the pairs are all counted as unpaired
-    assert sc.drop_from_clean(sc.score_units(every)).unpaired.sum() == 160
+        assert d.scored == both.sum() and d.missing == (~both).sum() and d.score == pytest.approx(100*(clean - other)[both].mean()) and d.low < d.score < d.high
+    assert len(got) == 4 and sc.table(lost, 'corruption').scored.sum() == got.scored.sum() and sc.table(lost, average='benchmark').score['AVG', 'hard'] == pytest.approx(got.score[:, 'hard'].mean())
+    none = sc.table(sc.drops(sc.score_units(rows.assign(value=np.nan))))
+    assert none.score.isna().all() and none.missing.sum() == 160 # nothing known: no score, and every pair is counted
 
 
 def test_second_scores():
@@ -328,17 +328,27 @@ def test_second_scores():
 
 # Differences
 
-def test_model_difference():
+def test_differences():
     """Antisymmetric, independent of row order, the same again with the same seed, and close to resampling by hand."""
     a, b = sc.score_units(world(1)), sc.score_units(world(2))
-    d = sc.model_difference(a, b)
-    back = sc.model_difference(b, a.sample(frac=1, random_state=0))
-    assert d.n == 240 and d.groups == 80 and d == sc.model_difference(a, b) != sc.model_difference(a, b, seed=1)
-    assert back.difference == pytest.approx(-d.difference) and abs(back.low + d.high) < 2 and abs(back.high + d.low) < 2
+    d, again, other = (sc.table(sc.differences(a, b).assign(all=1), 'all', seed=s).iloc[0] for s in (0, 0, 1))
+    back = sc.table(sc.differences(b, a.sample(frac=1, random_state=0)).assign(all=1), 'all').iloc[0]
+    assert d.n == d.scored == 240 and d.equals(again) and not d.equals(other)
+    assert back.score == pytest.approx(-d.score) and abs(back.low + d.high) < 2 and abs(back.high + d.low) < 2
     diff = 100*(a.value.to_numpy() - b.value.to_numpy()).reshape(80, 3).mean(1)
     r = rng('test', 'bootstrap')
     low, high = np.percentile([diff[r.integers(0, 80, 80)].mean() for _ in range(4000)], [2.5, 97.5])
     assert abs(low - d.low) < 1.2 and abs(high - d.high) < 1.2
+
+
+def test_average_of_benchmarks():
+    """Its interval is that of the mean of independent benchmarks, of any size."""
+    units = sc.score_units(world(1)).query("benchmark == 'MMStar' or unit in ['1', '2', '3', '4', '5', '6', '7', '8']")
+    got, r = sc.table(units, average='benchmark').loc[('AVG', 'low')], rng('test', 'average')
+    parts = [100*p.value.to_numpy() for _, p in units[units.severity == 'low'].groupby('benchmark')]
+    means = [np.mean([r.choice(p, len(p)).mean() for p in parts]) for _ in range(4000)]
+    assert [len(p) for p in parts] == [40, 8] and got.score == pytest.approx(np.mean([p.mean() for p in parts]))
+    assert abs(np.quantile(means, .025) - got.low) < 2 and abs(np.quantile(means, .975) - got.high) < 2
 
 
 def test_groups_are_drawn_together():
@@ -346,25 +356,25 @@ def test_groups_are_drawn_together():
     def units(seed, times):
         r = rng('test', 'groups', seed)
         return pd.DataFrame([dict(benchmark='b', unit=f'{k}-{j}', group=str(k), corruption='', severity='clean', value=v) for k in range(60) for v in [float(r.random() < .5)] for j in range(times)])
-    once, often = (sc.model_difference(units(0, t), units(1, t)) for t in (1, 10))
-    assert (once.groups, often.groups, often.n) == (60, 60, 600) and once.low == pytest.approx(often.low, abs=2) and once.high == pytest.approx(often.high, abs=2)
+    once, often = (sc.table(sc.differences(units(0, t), units(1, t))).iloc[0] for t in (1, 10))
+    assert (once.n, often.n) == (60, 600) and once.low == pytest.approx(often.low, abs=2) and once.high == pytest.approx(often.high, abs=2)
 
 
-def test_clean_drop():
-    """The drop of one model, on the rows where both values are known."""
-    units = sc.score_units(world(3))
-    got, table = sc.clean_drop(units, 'hard'), sc.drop_from_clean(units, 'severity')
-    assert got.difference == pytest.approx(table['drop']['hard']) and got.n == 80 and got.low < got.difference < got.high and got.low > 0
-    gone = units.assign(value=units.value.where(units.severity != 'clean'))
-    assert sc.clean_drop(gone).n == 0 and np.isnan(sc.clean_drop(gone).difference)
+def test_unpaired_units_are_counted():
+    """Units that only one model saw are missing, not left out without a word."""
+    a, b = sc.score_units(world(1)), sc.score_units(world(2))
+    part = a[a.unit.isin(['1', '2', '3'])]
+    got = sc.table(sc.differences(part, b), 'benchmark')
+    assert got.n.tolist() == [120, 120] and got.scored.tolist() == [9, 9] == (got.n - got.missing).tolist()
 
 
 def test_nothing_to_resample():
     """One question has no interval, equal differences have one of length zero, other rows are an error."""
     units = sc.score_units(world(1))
-    one = sc.model_difference(units[:1], units[:1])
-    assert one.n == 1 and one.difference == 0 and np.isnan(one.low) and sc.model_difference(units, units)[2:] == (0, 0, 0)
-    with pytest.raises(ValueError, match='share no unit'): sc.model_difference(units, units.assign(benchmark=units.benchmark + ' of others'))
+    one = sc.table(sc.differences(units[:1], units[:1])).iloc[0]
+    assert one.n == 1 and one.score == 0 and np.isnan(one.low)
+    assert (sc.table(sc.differences(units, units))[['score', 'low', 'high']] == 0).all(axis=None)
+    with pytest.raises(ValueError, match='share no unit'): sc.differences(units, units.assign(benchmark=units.benchmark + ' of others'))
 
 
 # Mistakes
@@ -389,7 +399,7 @@ def test_protocols():
 
 # With a judge behind a server
 
-def test_judge_behind_a_server(monkeypatch, tmp_path):
+def test_judge_behind_a_server(monkeypatch, tmp_path, hasty):
     """MM-Vet and free answers through HTTP: failures become pending, a second run asks only for those."""
     monkeypatch.setenv('OPENAI_API_KEY', 'x')
     samples = [Sample('MMVet', str(k), f'q{k}', f'answer{k}', category='rec') for k in range(10)] + [Sample('MMStar', '1', 'animal?', 'B', options=PETS)]
@@ -401,7 +411,7 @@ def test_judge_behind_a_server(monkeypatch, tmp_path):
         return Status(503) if k in broken else 'who knows' if k == 5 else f'0.{k}'
     with FakeServer(default=behave) as server:
         broken = {2, 7}
-        judge = LLMJudge('j', server.url, tries=2, backoff=.001, cache=tmp_path/'r.jsonl')
+        judge = LLMJudge('j', server.url, tries=2, cache=tmp_path/'r.jsonl')
         rows = sc.score_rows(samples, said, judge, workers=4, progress=False)
         assert rows.kind[[2, 5, 7, 10]].tolist() == ['pending', 'unparsable', 'pending', 'right'] and len(server.requests) == 9 + 2*2
         t = sc.table(sc.score_units(rows)).loc[('MMVet', 'clean')]
