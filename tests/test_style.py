@@ -18,7 +18,7 @@ MAY_IMPORT = {
     'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'judge': ['reward', 'core'], 'grpo': ['train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
     'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['core'], 'report': ['paper', 'core'], 'pipeline': ['core'],
-    'watch': ['report', 'train', 'data', 'reward', 'generate']}
+    'watch': ['report', 'train', 'data', 'reward', 'generate'], 'explore': ['answer', 'grpo', 'degrade', 'scenes']}
 
 
 def cells(path):
