@@ -12,13 +12,39 @@ MODULES = [p for p in sorted((ROOT/'clear_nb').glob('*.py')) if not p.name.start
 
 # What each module may import directly; what those may import is allowed as well.
 MAY_IMPORT = {
-    'core': [], 'paper': ['core'], 'images': ['core'], 'degrade': ['core'], 'scenes': ['core'], 'flow': ['core'], 'vae': ['core'],
-    'vit': ['core'], 'mot': ['core'], 'trajectory': ['core', 'vae', 'vit', 'mot'], 'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
-    'generate': ['model'], 'data': ['degrade', 'scenes', 'trajectory', 'generate'], 'train': ['model'], 'base': ['train', 'data', 'reward'], 'sft': ['base', 'train', 'data', 'reward'],
-    'bridge': ['sft', 'train', 'data'], 'reward': ['trajectory'], 'judge': ['reward', 'core'], 'grpo': ['train', 'generate', 'reward', 'data'],
-    'bench_files': ['degrade', 'scenes'], 'scoring': ['reward', 'judge'], 'adapters': ['bench_files', 'generate', 'answer'], 'bench': ['bench_files', 'scoring', 'adapters', 'report'],
-    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'], 'answer': ['generate', 'images', 'data'], 'perceptual': ['report', 'data'], 'report': ['paper', 'core'], 'pipeline': ['core'],
-    'watch': ['report', 'train', 'data', 'reward', 'generate']}
+    'core': [],
+    'paper': ['core'],
+    'images': ['core'],
+    'degrade': ['core'],
+    'scenes': ['core'],
+    'flow': ['core'],
+    'vae': ['core'],
+    'vit': ['core'],
+    'mot': ['core'],
+    'trajectory': ['core', 'vae', 'vit', 'mot'],
+    'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images'],
+    'generate': ['model'],
+    'data': ['degrade', 'scenes', 'trajectory', 'generate'],
+    'train': ['model'],
+    'base': ['train', 'data', 'reward'],
+    'sft': ['base', 'train', 'data', 'reward'],
+    'bridge': ['sft', 'train', 'data'],
+    'reward': ['trajectory'],
+    'server': [],
+    'judge': ['reward', 'server'],
+    'grpo': ['train', 'generate', 'reward', 'data'],
+    'bench_files': ['degrade', 'scenes'],
+    'scoring': ['reward', 'judge'],
+    'adapters': ['bench_files', 'generate', 'answer', 'server'],
+    'bench': ['bench_files', 'scoring', 'adapters', 'report'],
+    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'],
+    'answer': ['generate', 'images', 'data'],
+    'explore': ['answer', 'grpo', 'degrade', 'scenes'],
+    'perceptual': ['report', 'data'],
+    'report': ['paper', 'core'],
+    'pipeline': ['core'],
+    'watch': ['report', 'train', 'data', 'reward', 'generate'],
+}
 
 
 def cells(path):
