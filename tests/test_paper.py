@@ -1,9 +1,11 @@
 """The paper's numbers and the audit of their arithmetic."""
+import hashlib
 import math
 
 import pytest
+from clear_nb import paper
 from clear_nb.core import PATHS
-from clear_nb.paper import audit, paper_number, paper_table, paper_tables
+from clear_nb.paper import arithmetic, audit, paper_number, paper_table, paper_tables
 
 
 @pytest.mark.parametrize('n', range(1, 16))
@@ -45,14 +47,76 @@ def test_bad_address(column, row, message):
     with pytest.raises(ValueError, match=message): paper_number(1, column, **row)
 
 
-def test_audit_finds_what_does_not_add_up():
-    """Three of the checks fail; each has a consequence."""
-    t = audit()
-    wrong = t[~t.adds_up].set_index('quantity')
-    assert wrong.index.tolist() == ['Bagel: AVG of seven sets', 'overall: mean of CLEAR-RL', 'high: Total with R-Bench-Dis']
-    assert wrong.loc['Bagel: AVG of seven sets', 'recomputed'] == pytest.approx(59.863)
-    assert (wrong.consequence != 'not explained').all() and (t[t.adds_up].consequence == '').all()
-    assert set(t.table) == {'1', '1, 2', '2', '9', '10', '11', 'figure 5'}
+WRONG = [ # quantity, printed, recomputed
+    ('Bagel on R-Bench-Dis: share of 495', 61.64, 100*305/495), ('MMBench: questions', 2974, 1292), ('CV-Bench: questions', 2638, 1438),
+    ('RealWorldQA: questions', 764, 765), ('corruptions per image behind a score', 16, 1), ('Bagel: average of 7 sets', 60.15, 59.8649),
+    ('high: total with R-Bench-Dis', 215, 225), ('thousand questions of both halves', 48, 49.366),
+    ('MM-Vet, low: trigger rate as a share of 218', 4.7, 1000/218), ('MM-Vet, mid: trigger rate as a share of 218', 11.6, 2500/218),
+    ('MMVP, low: trigger rate as a share of 300', 8.4, 25/3), ('MMVP, mid: trigger rate as a share of 300', 16.8, 50/3),
+    ('gain on hard: CLEAR-RL over Bagel, seven sets', 5.1, 5.4015), ('gain on hard: text-only CoT over Bagel, seven sets', -.1, .1627)]
+CUT = [
+    ('GPT-4.1-mini: average of 7 sets', 68.51, 68.5152), ('Text-only CoT: average of 7 sets', 60.02, 60.0276), ('CLEAR-RL: average of 7 sets', 65.26, 65.2665),
+    ('Clean: average of 6 sets', 70.27, 70.2793), ('CLEAR-SFT: hard', 63.04, 63.0455), ('CLEAR-RL: clean', 70.27, 70.2793), ('CLEAR-RL: hard', 64.96, 64.9658),
+    ('overall: mean of CLEAR-RL', 64.97, 64.9806), ('thousand questions of the SFT half', 24, 24.886)]
+
+
+@pytest.mark.parametrize('rounding, expected', [('no', WRONG), ('if digits were cut', CUT)])
+def test_audit_finds_what_does_not_add_up(rounding, expected):
+    """These rows and no others; each has a consequence."""
+    t = audit().query('rounding == @rounding')
+    assert t.quantity.tolist() == [q for q, *_ in expected]
+    assert t.printed.tolist() == [v for _, v, _ in expected] and t.recomputed.tolist() == pytest.approx([v for *_, v in expected], abs=6e-5)
+    assert t.difference.tolist() == pytest.approx((t.printed-t.recomputed).tolist(), abs=2e-4)
+    assert (t.consequence.str.len() > 20).all() and 'not explained' not in t.consequence.values
+
+
+def test_audit_is_the_rest_of_the_arithmetic():
+    """227 checks; what rounding explains is left out; sentences quote the recomputed numbers."""
+    everything, t = arithmetic(), audit().set_index('quantity')
+    assert len(everything) == 227 and len(t) == (everything.rounding != 'yes').sum() and everything.quantity.notna().all()
+    for quantity, said in [('Bagel: average of 7 sets', '59.86'), ('overall: mean of CLEAR-RL', '64.98'), ('CLEAR-RL: average of 7 sets', '65.27'), ('MMBench: questions', '1,292')]:
+        assert said in t.consequence[quantity] and float(said.replace(',', '')) == round(t.recomputed[quantity], 2)
+    assert '49,366' in t.consequence['thousand questions of both halves'] and paper_number(8, 'value', property='grpo_set')+24886 == 49366
+
+
+@pytest.mark.parametrize('table, column, row, change', [
+    (1, 'MMVP', 4, .2), (1, 'AVG', 2, .02), (2, 'drop', 1, .02), (2, 'clean', 0, .02), (3, 'hard', 0, .02), (3, 'hard', 2, .2), (4, 'hard_avg', 1, .02),
+    (6, 'samples', 2, 1), (9, 'MMStar', 3, .3), (9, 'AVG', 1, .02), (10, 'Bagel', 7, .05), (10, 'delta', 4, .02), (11, 'mid', 2, 1), (12, 'clean', 2, .02),
+    (13, 'w_fmt', 1, .01), (13, 'hard', 2, .02), (14, 'hard', 2, .02), ('clean_vs_degraded', 'drop_percent', 4, .3), ('trigger_rate_percent', 'high', 1, .2),
+    ('text_numbers', 'value', 0, .2), ('text_numbers', 'value', 3, .01), ('text_numbers', 'value', 5, .2), ('text_claims', 'value', 9, 2)])
+def test_a_changed_number_is_noticed(table, column, row, change, monkeypatch):
+    """A number that is off by little more than its rounding changes a verdict."""
+    before, name, read = arithmetic().rounding.tolist(), next(n for n in paper_tables() if paper_table(n).equals(paper_table(table))), paper._read
+    def changed(n):
+        frame = read(n).copy()
+        if n == name: frame[column] = frame[column].astype(float).where(frame.index != row, frame[column]+change)
+        return frame
+    monkeypatch.setattr(paper, '_read', changed)
+    assert arithmetic().rounding.tolist() != before
+
+
+def test_files_are_the_papers():
+    """The tables are as transcribed: whoever corrects one looks at the audit again."""
+    files = [p.read_bytes() for p in paper_tables().values()]
+    assert hashlib.sha256(b''.join(files)).hexdigest()[:16] == 'bd79b50ee4f2bcd2'
+
+
+def test_intervals():
+    """Rounding of a mean, a difference, a sum and a count at their limits, on both sides."""
+    rounding = lambda printed, recomputed, **kw: paper._check('', '', printed, recomputed, **kw)['rounding']
+    for sign in (1, -1):
+        assert rounding(10, 10+sign*.0099, plus=1) == 'yes' != rounding(10, 10+sign*.0101, plus=1)
+        assert rounding(10, 10+sign*.0149, plus=1, minus=1) == 'yes' != rounding(10, 10+sign*.0151, plus=1, minus=1)
+        assert rounding(10, 10+sign*3.49, unit=1, plus=6) == 'yes' != rounding(10, 10+sign*3.51, unit=1, plus=6)
+        assert rounding(10, 10+sign, unit=0) == 'no' and rounding(10, 10, unit=0) == 'yes'
+    assert [rounding(10, 10+d) for d in (.009, .011, -.004, -.006)] == ['if digits were cut', 'no', 'yes', 'no']
+
+
+@pytest.mark.parametrize('score, n, k', [(71.33, 300, 214), (52.66, 300, 158), (72.52, 1292, 937), (0, 300, 0), (100, 300, 300), (61.64, 495, None), (66.6, 300, None)])
+def test_counts(score, n, k):
+    """Right answers behind a share, rounded or cut; none where no count fits."""
+    assert paper._counts(score, n).tolist() == ([] if k is None else [k])
+    assert paper._exact(score, n) == (score if k is None else 100*k/n)
 
 
 def test_counts_of_the_data():
@@ -64,4 +128,4 @@ def test_counts_of_the_data():
 
 def test_shipped_as_package_data():
     """The CSV files lie inside the package, where an installation finds them."""
-    assert len(paper_tables()) == 18 and all(PATHS.package in p.parents for p in paper_tables().values())
+    assert len(paper_tables()) == 19 and all(PATHS.package in p.parents for p in paper_tables().values())
