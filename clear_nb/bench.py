@@ -277,9 +277,9 @@ def left_out(frame:pd.DataFrame, run:dict # of `read_results`
             )->pd.DataFrame: # kind: rejected, pending or unparsable; row: its place in the source, where that is known
     "Rows without a score."
     open_ = frame[frame.value.isna()]
-    reason = open_.note.where(open_.note != 'no reply', open_.detail)
+    why = open_.note.where(open_.note != 'no reply', open_.detail).str.extract(r'(?s)^(?:(?P<kind>\w+): )?(?P<rest>.*)$') # 'TimeoutError: no reply'
     rejects = pd.DataFrame(run['rejects'], columns=['row', 'index', 'reason', 'detail']).assign(kind='rejected')
-    found = pd.concat([rejects, open_.assign(reason=reason, detail='', row='', severity=open_.severity.astype(str))], ignore_index=True)
+    found = pd.concat([rejects, open_.assign(reason=why.kind.fillna(why.rest), detail=why.rest.where(why.kind.notna(), ''), row='', severity=open_.severity.astype(str))], ignore_index=True)
     return found.assign(model=run['name']).reindex(columns=_LEFT).fillna('')
 
 # %% ../nbs/lib/41_bench.ipynb #dc2d7eca
@@ -360,7 +360,7 @@ def _by_severity(table:pd.DataFrame, value:str)->str: # Markdown
 # %% ../nbs/lib/41_bench.ipynb #fb7f37c1
 def _left(table:pd.DataFrame, most:int=20)->str: # Markdown
     "Counts of reasons, and the first rows."
-    counts = table.groupby(['model', 'kind', 'reason'], sort=False).size().rename('rows').reset_index()
+    counts = table[['model', 'kind', 'reason']].value_counts(sort=True).rename('rows').reset_index().head(most)
     more = f'\nThe first {most} of {len(table)}; all are in `bench_left_out.csv`.\n' if len(table) > most else ''
     return f'{to_markdown(counts)}\n{to_markdown(table.head(most))}{more}'
 

@@ -305,15 +305,22 @@ def _verdict(rolls:pd.DataFrame, wanted:int)->dict: # rolls: rows of one group, 
     if len(rolls) < wanted: return dict(kind='pending', value=np.nan, note=f'{wanted-len(rolls)} of {wanted} rows missing')
     return dict(kind='right', value=1., note='')
 
+# %% ../nbs/lib/34_scoring.ipynb #48fcbebe
+def _variant(rows:pd.DataFrame)->pd.Series: # corruption in the full design, else ''
+    "What tells groups of the same name apart."
+    twice = rows.assign(twice=rows.duplicated(['benchmark', 'severity', 'index'])).groupby(['benchmark', 'severity'], observed=True).twice.transform('any')
+    return rows.corruption.where(twice, '')
+
 # %% ../nbs/lib/34_scoring.ipynb #fca4779f
 def _by_index(rows:pd.DataFrame)->pd.DataFrame: # numbers before names
     return rows.sort_values('index', key=lambda s: s.map(lambda i: f'{int(i):020d}' if i.isdigit() else f'~{i}'), kind='stable')
 
 def _merged(rows:pd.DataFrame, wanted:Callable)->pd.DataFrame: # wanted: rows of a group -> how many there should be
     "One row per group, described by its first."
-    groups = [g for _, g in _by_index(rows).groupby(['benchmark', 'group', 'corruption', 'severity'], sort=False, observed=True)]
-    out = [{**g.iloc[0].to_dict(), **_verdict(g, wanted(g)), 'unit': g.iloc[0]['group'], 'present': len(g), 'rolls': wanted(g)} for g in groups]
-    return pd.DataFrame(out, columns=[*rows.columns, 'unit', 'present']).astype({'severity': rows.severity.dtype, 'value': float})
+    groups = [g for _, g in _by_index(rows.assign(variant=_variant(rows))).groupby(['benchmark', 'group', 'variant', 'severity'], sort=False, observed=True)]
+    out = [{**g.iloc[0].to_dict(), **_verdict(g, wanted(g)), 'unit': g.iloc[0]['group'], 'present': len(g), 'rolls': wanted(g), 'share': g.value.mean(skipna=False),
+            'corruption': g.corruption.iloc[0] if g.corruption.nunique() == 1 else 'several'} for g in groups]
+    return pd.DataFrame(out, columns=[*rows.columns, 'unit', 'present', 'share']).astype({'severity': rows.severity.dtype, 'value': float}) # share: of the rows that are right
 
 # %% ../nbs/lib/34_scoring.ipynb #7472321f
 def score_units(rows:pd.DataFrame # of `score_rows`
@@ -321,10 +328,11 @@ def score_units(rows:pd.DataFrame # of `score_rows`
     "What the benchmark counts: questions with all their rolls, else rows."
     circular, kit = rows.protocol == 'circular', rows.rules == KIT.name
     alone = rows[~circular].assign(unit=lambda r: r['index'], present=1, rolls=1)
-    based = set(zip(rows.benchmark, rows['index'], rows.corruption, rows.severity))
-    dropped = kit & np.array([k not in based for k in zip(rows.benchmark, rows.group, rows.corruption, rows.severity)], bool)
+    variant = _variant(rows)
+    based = set(zip(rows.benchmark, rows['index'], variant, rows.severity))
+    dropped = kit & np.array([k not in based for k in zip(rows.benchmark, rows.group, variant, rows.severity)], bool)
     merged = _merged(rows[circular & ~dropped], lambda g: len(g) if g.rules.iloc[0] == KIT.name else int(g.rolls.max()))
-    parts = [x for x in (alone, merged) if len(x)] or [alone]
+    parts = [x for x in (alone, merged.drop(columns='share')) if len(x)] or [alone]
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/lib/34_scoring.ipynb #d9eb189e
@@ -399,9 +407,7 @@ def mme_table(rows:pd.DataFrame)->pd.DataFrame: # accuracy and both (%), score
 # %% ../nbs/lib/34_scoring.ipynb #963c6993
 def _pictures(rows:pd.DataFrame)->pd.DataFrame: # one line per picture; value: share right + all right
     "What a picture of MME adds to the score; NaN unless all of its rows are known."
-    whole = _merged(rows, lambda g: 2)
-    share = rows.groupby(['benchmark', 'group', 'severity'], observed=True).value.agg(lambda v: v.mean(skipna=False))
-    return whole.assign(value=whole.value + share.loc[list(zip(whole.benchmark, whole.group, whole.severity))].to_numpy())
+    return _merged(rows, lambda g: 2).assign(value=lambda w: w.value + w.share)
 
 _second = {'rolls': ('each roll alone', lambda r: r, ''), 'pairs': ('pairs', lambda r: _merged(r, lambda g: 2), ''), # name, rows -> units, column that is averaged over
            'sources': ('mean of sources', lambda r: r.assign(source=r.source.where(r.source != '', r.category)), 'source'), 'both': ('MME score', _pictures, 'category')}

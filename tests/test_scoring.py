@@ -326,6 +326,18 @@ def test_second_scores():
     assert sc.beside(sc.score_rows(mme, ['yes', 'no']*4)).score.iloc[0] == 400
 
 
+@pytest.mark.parametrize('design', ['mixed', 'full'])
+def test_pairs_under_corruption(design):
+    """The mixed design draws another corruption for each picture of a pair, the full one shows each pair under every corruption."""
+    names = list(degrade.CORRUPTIONS)
+    mmvp = [Sample('MMVP', str(k), 'q', 'A', options=PETS, group=str(k//2), corruption=c, severity='hard') for k in range(8) for c in (names[:3] if design == 'full' else [names[k]])]
+    said = ['B' if s.index == '3' and s.corruption in (names[1], names[3]) else 'A' for s in mmvp]
+    got = sc.beside(sc.score_rows(mmvp, said)).iloc[0]
+    assert (got.n, got.scored, got.score) == ((12, 12, pytest.approx(100*11/12)) if design == 'full' else (4, 4, 75))
+    as_rolls = sc.score_units(sc.score_rows([replace(s, benchmark='MMBench', options=dict(A='cat', B='dog')) for s in mmvp], said))
+    assert len(as_rolls) == got.n and set(as_rolls.kind) == {'right', 'wrong'} and set(as_rolls.corruption) == (set(names[:3]) if design == 'full' else {'several'})
+
+
 # Differences
 
 def test_differences():
