@@ -545,6 +545,25 @@ def test_reward_goes_up(toy):
     assert all(abs(h['text_ratio'] - 1) < 1e-3 and abs(h['flow_ratio'] - 1) < 1e-3 for h in history)
 
 
+ABLATIONS = dict(full={}, reencode=dict(mode='reencode'), text_only=dict(policy='never'), no_flow=dict(lambda_flow=0.), no_decision=dict(w_dec=0.),
+                 always=dict(policy='always'), cost=dict(w_cost=.3), reference=dict(beta=.04), release=dict(rules='release', norm='dr_grpo', scale='none', max_restores=2))
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_ablations_train(toy, name):
+    """Every ablation is the same function with other values: ratios of 1, the decoder moves, and the velocity head only where a flow loss reaches it."""
+    o = ABLATIONS[name]
+    before = {k: v.clone() for k, v in toy.model.state_dict().items()}
+    history = train_grpo(toy.model, toy.pool, preset(steps=2, **o), acc=accelerator('no'), judge=likes_red)
+    moved = {k for k, v in toy.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert all(abs(h['text_ratio_max'] - 1) < 1e-3 for h in history) and 'language_model.lm_head.weight' in moved
+    assert not any(k.startswith((*DECODER, 'latent_pos_embed')) for k in moved)
+    assert (history[0]['trigger'] > 0) == (name != 'text_only')
+    flows = name not in ('text_only', 'no_flow')
+    assert ('llm2vae.weight' in moved) == flows == all('flow_ratio' in h and abs(h['flow_ratio'] - 1) < 1e-3 for h in history)
+    assert (history[0]['kl'], history[1]['kl'] > 0) == (0, name == 'reference')
+
+
 def test_flow_loss_alone_moves_the_latent(toy):
     """The reward looks at the restored latent only and no text term is used: L_Flow makes the latents earn more."""
     cfg, o, values = replace(toy.cfg, group=8, sigma=1., denoise_steps=4), Objective(lambda_flow=1., reduction='sum', epsilon=.2), []

@@ -4,13 +4,14 @@ from types import SimpleNamespace as Space
 import numpy as np
 import pytest
 from clear_nb import scenes
+from clear_nb import watch as watch_room
 from clear_nb.base import new_model
-from clear_nb.core import load_preset
+from clear_nb.core import load_preset, record_name
 from clear_nb.data import ids, labelled_items, pool
 from clear_nb.generate import Restoration, Rollout, Turn, decode_pixels
-from clear_nb.reward import Outage, score_rollout
+from clear_nb.reward import Outage, Weights, score_rollout
 from clear_nb.scenes import split_of
-from clear_nb.watch import ask_held_out, by_family, change, held_out, pictures, save_trajectories, watcher
+from clear_nb.watch import ask_held_out, by_family, change, differing, held_out, pictures, save_trajectories, variant_name, watcher
 from PIL import Image
 
 ASK, END = '<think>fog</think><image_restore>', '<think>now</think><answer>3</answer>'
@@ -76,6 +77,38 @@ def test_answers_do_not_depend_on_the_batch(toy):
     a, b = (ask_held_out(toy.model, items, load_preset('smoke', **{'eval.batch': n})) for n in (2, 64))
     kept = by_family(a, items)
     assert a == b and list(kept) == list(scenes.FAMILIES) and all(len(v['correct']) == len(v['trigger']) == len(v['reward']) == 1 for v in kept.values())
+
+
+@pytest.mark.parametrize('options', [dict(mode='reencode', policy='always', max_restores=2, rules='release', w_cost=.2), dict(policy='never', w_dec=0.)])
+def test_held_out_answers_follow_the_preset(toy, monkeypatch, options):
+    """Mode, policy, number of restorations, rules and weights of stage 3 decide how held-out questions are asked and paid; text is greedy, pictures are made by the ODE."""
+    seen, plain = [], watch_room.generate
+    p = load_preset('smoke', **{'eval.batch': 64, **{f'grpo.{k}': v for k, v in options.items()}})
+    def spy(model, asked, sampling, noise):
+        seen.append((sampling, rolls := plain(model, asked, sampling, noise)))
+        return rolls
+    monkeypatch.setattr(watch_room, 'generate', spy)
+    items, g = held_out(1), p.grpo
+    found = ask_held_out(toy.model, items, p)
+    [(s, rolls)] = seen
+    assert (s.mode, s.policy, s.max_restores) == (g.mode, g.policy, g.max_restores) and (s.temperature, s.sigma) == (0, 0)
+    weights = Weights(g.w_acc, g.w_fmt, g.w_dec, g.w_cost)
+    assert found == [(score_rollout(r, i.questions[0], weights=weights, rules=g.rules), bool(r.restorations)) for r, i in zip(rolls, items)]
+    assert found != [(score_rollout(r, i.questions[0]), bool(r.restorations)) for r, i in zip(rolls, items)]
+
+
+NAMES = [(dict(), ''), (dict(mode='bridge', lr=5e-5, steps=60), ''), (dict(mode='reencode'), 'dec'), (dict(mode='reencode', lr=1e-6), 'dec+lr=0.000001'),
+         (dict(lambda_flow=0), 'noflow'), (dict(lambda_flow=0., w_dec=0.), 'noflow+nodec'), (dict(lambda_flow=.5), 'lambda_flow=0.5'),
+         (dict(policy='never'), 'text'), (dict(w_cost=.2, beta=0.), 'w_cost=0.2+beta=0'), (dict(steps=5, w_dec=None), 'steps=5')]
+
+
+@pytest.mark.parametrize('values,name', NAMES)
+def test_names_of_runs(values, name):
+    """Only what differs from the preset is named; every name is a file name and belongs to one set of values."""
+    changed = differing(load_preset('tiny').grpo, **values)
+    assert variant_name(changed) == name and record_name('03_grpo', 0, name).startswith('03_grpo-')
+    assert variant_name({**changed, 'judge': 'org/gpt-4.1:mini'}) == '+'.join(filter(None, [name, 'judge=org_gpt_4.1_mini']))
+    assert load_preset('tiny', **{f'grpo.{k}': v for k, v in changed.items()}).overrides.keys() == {f'grpo.{k}' for k in changed}
 
 
 def bits(text): return dict(correct=text, trigger=text, reward=[float(c)/2 for c in text])
