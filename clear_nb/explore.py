@@ -351,7 +351,8 @@ def figure_attention(e:Exploration, which=None, # tokens of the last text; None:
 
 # %% ../nbs/lib/45_explore.ipynb #0cad202d
 def _option(label:str, options:list, **more)->W.ToggleButtons:
-    return W.ToggleButtons(options=options, description=label, style=dict(description_width='82px', button_width='86px'), layout=W.Layout(width='98%'), **more)
+    made = W.ToggleButtons(options=options, description=label, style=dict(description_width='82px', button_width='92px'), layout=W.Layout(width='98%'), **more)
+    return made.add_class('ce-option')
 
 def _row(kind, label:str, **more)->W.Widget:
     return kind(description=label, style=dict(description_width='82px'), layout=W.Layout(width='98%'), **more)
@@ -366,7 +367,7 @@ def _settings(steps:int)->dict: # widgets of the corruption and the restoration;
     names = [('none', None), *((n.replace('_', ' '), n) for n in CORRUPTIONS)]
     return dict(corruption=_row(W.Dropdown, 'corruption', options=names, value='lens_blur'), severity=_option('severity', list(SEVERITY), value='hard'),
                 steps=_row(W.IntSlider, 'steps', min=1, max=60, value=steps), policy=_option('restore', list(POLICIES)),
-                mode=_option('return by', [('bridge', 'bridge'), ('re-encoding', 'reencode')], tooltips=['the answer reads the latent', 'the answer reads the decoded picture through the ViT']),
+                mode=_option('return by', [('bridge', 'bridge'), ('re-encode', 'reencode')], tooltips=['the answer reads the latent', 'the answer reads the decoded picture through the ViT']),
                 seed=_row(W.BoundedIntText, 'noise no.', min=0, max=999_999))
 
 def controls(steps:int)->SimpleNamespace: # of widgets, in the order of the screen
@@ -392,7 +393,7 @@ STYLE = """<style>
 .ce figure{display:inline-block;margin:0 10px 6px 0;vertical-align:top} .ce img{image-rendering:pixelated;display:block;border-radius:3px}
 .ce figcaption,.ce-about{font-size:12px;color:var(--jp-ui-font-color2,#555);line-height:1.5;margin:0} .ce-question{font-size:15px;font-weight:600;margin:0}
 .ce-text{font-family:monospace;font-size:13px;line-height:1.5;margin:4px 0;padding:6px 10px;border-left:3px solid #0072b2;background:var(--jp-layout-color2,#eee);white-space:pre-wrap}
-.ce-tag{color:#888} .ce-answer{font-size:15px;margin:6px 0} .ce-right{color:#00805e} .ce-wrong,.ce-error{color:#c04a00;line-height:1.4;white-space:normal}
+.ce-option{display:flex;flex-flow:row nowrap} .ce-option .widget-label{text-align:right;flex-shrink:0;margin-right:8px} .ce-tag{color:#888} .ce-answer{font-size:15px;margin:6px 0} .ce-right{color:#00805e} .ce-wrong,.ce-error{color:#c04a00;line-height:1.4;white-space:normal}
 </style>"""
 
 # %% ../nbs/lib/45_explore.ipynb #041d438e
@@ -517,7 +518,7 @@ def look(self:Panel, change=None):
     if not self.s.tokens.value: return
     out = io.BytesIO()
     figure_attention(self.e, self.s.tokens.value).savefig(out, format='png', dpi=100)
-    self.s.attention.value = out.getvalue()
+    self.s.attention.value, self.where.layout.display = out.getvalue(), None
 
 # %% ../nbs/lib/45_explore.ipynb #144bedd5
 @patch
@@ -525,7 +526,7 @@ def show(self:Panel, e:Exploration):
     "Put an exploration on the screen."
     s, self.e, self.frames = self.s, e, [(f, k) for f in e.films for k in range(len(f.times))]
     s.trajectory.value = trajectory_html(e)
-    self.film.layout.display, self.where.layout.display = (None if x else 'none' for x in (self.frames, e.look))
+    self.film.layout.display, self.where.layout.display = None if self.frames else 'none', 'none'
     s.play.max = s.step.max = s.step.value = max(len(self.frames) - 1, 0)
     self.frame()
     s.tokens.options = () # so that the menu reports a change even if its entries are the same
