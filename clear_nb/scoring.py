@@ -293,15 +293,14 @@ def score_rows(samples:Sequence, # any objects with the attributes of bench_file
     frame = pd.DataFrame([_row(*x, rules) for x in zip(samples, outcomes, protocols)], columns=[*FIELDS, 'protocol', 'rules', 'rolls', 'answer', 'kind', 'value', 'read', 'note'])
     return frame.assign(severity=severities(frame.severity), value=frame.value.astype(float))
 
-# %% ../nbs/lib/34_scoring.ipynb #d363cc34
-def _verdict(rolls:pd.DataFrame, wanted:int)->dict: # rolls: rows of one group, by index; wanted: how many there should be
+# %% ../nbs/lib/34_scoring.ipynb #fbfcb03a
+def _verdict(rolls:list, wanted:int)->dict: # rolls: rows of one group as dicts, by index; wanted: how many there should be
     "Kind, value and note of rows that are right only together."
-    bad = rolls[(rolls.value == 0) | (rolls.kind == 'unparsable') & rolls.value.notna()]
-    if len(bad):
-        first = bad.iloc[bad.kind.eq('unparsable').to_numpy().argmin()] # one that was read and is wrong comes first
-        where = next(k for k, i in enumerate(rolls.index) if i == first.name)
-        return dict(kind=first.kind, value=0., note=f'row {where}: answer {first.answer}, read {first.read or "nothing"}')
-    if rolls.value.isna().any(): return dict(kind='pending', value=np.nan, note=f'{rolls.value.isna().sum()} row(s) pending')
+    if bad := [k for k, r in enumerate(rolls) if r['value'] == 0 or r['kind'] == 'unparsable' and not np.isnan(r['value'])]:
+        k = min(bad, key=lambda k: rolls[k]['kind'] == 'unparsable') # one that was read and is wrong comes first
+        return dict(kind=rolls[k]['kind'], value=0., note=f"row {k}: answer {rolls[k]['answer']}, read {rolls[k]['read'] or 'nothing'}")
+    open_ = sum(np.isnan(r['value']) for r in rolls)
+    if open_: return dict(kind='pending', value=np.nan, note=f'{open_} row(s) pending')
     if len(rolls) < wanted: return dict(kind='pending', value=np.nan, note=f'{wanted-len(rolls)} of {wanted} rows missing')
     return dict(kind='right', value=1., note='')
 
@@ -317,9 +316,10 @@ def _by_index(rows:pd.DataFrame)->pd.DataFrame: # numbers before names
 
 def _merged(rows:pd.DataFrame, wanted:Callable)->pd.DataFrame: # wanted: rows of a group -> how many there should be
     "One row per group, described by its first."
-    groups = [g for _, g in _by_index(rows.assign(variant=_variant(rows))).groupby(['benchmark', 'group', 'variant', 'severity'], sort=False, observed=True)]
-    out = [{**g.iloc[0].to_dict(), **_verdict(g, wanted(g)), 'unit': g.iloc[0]['group'], 'present': len(g), 'rolls': wanted(g), 'share': g.value.mean(skipna=False),
-            'corruption': g.corruption.iloc[0] if g.corruption.nunique() == 1 else 'several'} for g in groups]
+    groups = {}
+    for r in _by_index(rows.assign(variant=_variant(rows))).to_dict('records'): groups.setdefault(tuple(r[k] for k in ('benchmark', 'group', 'variant', 'severity')), []).append(r)
+    out = [{**g[0], **_verdict(g, wanted(g)), 'unit': g[0]['group'], 'present': len(g), 'rolls': wanted(g), 'share': np.mean([r['value'] for r in g]),
+            'corruption': g[0]['corruption'] if len({r['corruption'] for r in g}) == 1 else 'several'} for g in groups.values()]
     return pd.DataFrame(out, columns=[*rows.columns, 'unit', 'present', 'share']).astype({'severity': rows.severity.dtype, 'value': float}) # share: of the rows that are right
 
 # %% ../nbs/lib/34_scoring.ipynb #7472321f
@@ -331,7 +331,7 @@ def score_units(rows:pd.DataFrame # of `score_rows`
     variant = _variant(rows)
     based = set(zip(rows.benchmark, rows['index'], variant, rows.severity))
     dropped = kit & np.array([k not in based for k in zip(rows.benchmark, rows.group, variant, rows.severity)], bool)
-    merged = _merged(rows[circular & ~dropped], lambda g: len(g) if g.rules.iloc[0] == KIT.name else int(g.rolls.max()))
+    merged = _merged(rows[circular & ~dropped], lambda g: len(g) if g[0]['rules'] == KIT.name else max(r['rolls'] for r in g))
     parts = [x for x in (alone, merged.drop(columns='share')) if len(x)] or [alone]
     return pd.concat(parts, ignore_index=True)
 
