@@ -45,15 +45,15 @@ def clean_samples(benchmark:str, # one of BENCHMARKS
     "Clean pictures with questions; ValueError for an unknown benchmark or n < 1."
     return tuple(_source(benchmark, n, seed))
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #72bd6563
+# %% ../nbs/lib/36_mmd_bench.ipynb #d0702257
 def _digest(parts)->str: # parts: bytes-like or text
     h = hashlib.sha256()
     for p in parts: h.update(p.encode()+b'\0' if isinstance(p, str) else np.ascontiguousarray(p))
     return h.hexdigest()[:16]
 
+# %% ../nbs/lib/36_mmd_bench.ipynb #72bd6563
 @lru_cache(64)
-def files(benchmark:str, n:int, folder, # folder: where the benchmarks are kept
-          seed:int=0, # of questions and corruptions
+def files(benchmark:str, n:int, folder, seed:int=0, # folder: where the benchmarks are kept; seed: of questions and corruptions
           design:str='mixed', # one corruption per picture, or 'full': all 16 for every picture
           workers:int=1)->Path: # the benchmark's own folder
     "Corrupted versions of a benchmark, made where they are not there yet; ValueError for bad names and damaged files."
@@ -64,11 +64,12 @@ def files(benchmark:str, n:int, folder, # folder: where the benchmarks are kept
     verify(out)
     return out
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #06c1657b
+# %% ../nbs/lib/36_mmd_bench.ipynb #58e9c3ba
 class Row(NamedTuple):
     "A question with its picture as the model sees it, and clean."
     seen:Sample; clean:Sample
 
+# %% ../nbs/lib/36_mmd_bench.ipynb #06c1657b
 def asked(benchmark:str, severity:str, # one of BENCHMARKS; one of LEVELS
           n:int, folder, seed:int=0, design:str='mixed', **kw # as in `files`
          )->list: # Rows
@@ -113,6 +114,7 @@ def _cell(rows:list, restored:list|None, scored:pd.DataFrame, units:pd.DataFrame
                 questions=len(rows), accuracy=100*float(scored.value.mean()), triggered=None if restored is None else int(sum(restored)),
                 **{k: int((scored.kind == k).sum()) for k in ('unparsable', 'refused')})
 
+# %% ../nbs/lib/36_mmd_bench.ipynb #707d3989
 def results(cells:list # (rows as asked, text of each answer, did the row restore? or None for a model that cannot), one benchmark at one severity each
            )->list: # dicts, see below
     "What a record keeps: outcomes as strings of 0 and 1, trigger and corruption those of the outcome's first row."
@@ -160,21 +162,21 @@ def chosen(names:str='all', # names with commas between, or 'all'
     return [SUBJECTS[w] for w in wanted]
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #dfc0545f
-def _latents(model:ClearModel, images, name:str, # names the images
-             memo:dict|None # kept latents
+def _latents(model:ClearModel, images, memo:dict|None # images: (n, 3, H, W) uint8; memo: kept latents
             ): # (n, z, h, w)
-    "Latents of a stack of pictures; the memo is keyed by the autoencoder's weights and the name."
+    "Latents of a stack of pictures; the memo is keyed by the autoencoder and the pictures."
     if memo is None: return encode(model, images)
     weights = (v.detach().float().cpu().numpy() for v in model.vae.state_dict().values())
-    key = _digest([repr(model.vae.cfg), *weights]), name
+    key = _digest([repr(model.vae.cfg), *weights, images.numpy()])
     if key not in memo: memo[key] = encode(model, images)
     return memo[key]
 
-# %% ../nbs/lib/36_mmd_bench.ipynb #18c574a3
+# %% ../nbs/lib/36_mmd_bench.ipynb #def9e470
 def question(s:Sample)->scenes.Question:
     "A Sample as the embedded models are asked."
     return scenes.Question(s.benchmark, s.category, s.prompt or s.question, s.answer, tuple(s.options.values()), s.group)
 
+# %% ../nbs/lib/36_mmd_bench.ipynb #18c574a3
 def _items(rows:list)->tuple: # data.Items, (item, question) of each row
     "One item per picture with all its questions."
     items, pairs = {}, []
@@ -217,8 +219,8 @@ def _pool(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, mem
     items, pairs = _items(rows)
     clean, seen = (torch.from_numpy(np.stack([getattr(i, k) for i in items])).permute(0, 3, 1, 2).contiguous() for k in ('clean', 'seen'))
     none = torch.zeros(0)
-    p = Pool(items, clean, seen, _latents(model, clean, f'clean {version(rows)}', memo) if subject.returns == 'clean' else none,
-             _latents(model, seen, version(rows), memo) if subject.inputs != 'vit' else none)
+    p = Pool(items, clean, seen, _latents(model, clean, memo) if subject.returns == 'clean' else none,
+             _latents(model, seen, memo) if subject.inputs != 'vit' else none)
     if not subject.first: return p, pairs
     seen = FIRST[subject.first](model, p, ev, seed)
     return replace(p, seen=seen, seen_z=encode(model, seen)), pairs
@@ -237,12 +239,9 @@ def read(texts:list, kind:str)->str:
     return parse(texts).answer if kind == 'trace' else texts[-1].strip()
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #a0729fce
-def ask(model:ClearModel, rows:list, # of one benchmark at one severity
-        subject:Subject, ev:Eval, seed:int=0,
-        max_new:int=64, # tokens per text
-        acc=None, # accelerate.Accelerator whose autocast is used
-        memo:dict|None=None, # keeps latents between subjects
-        progress:bool=True)->list:
+def ask(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, # rows: of one benchmark at one severity
+        max_new:int=64, acc=None, # tokens per text; accelerate.Accelerator whose autocast is used
+        memo:dict|None=None, progress:bool=True)->list: # memo: keeps latents between subjects
     "Rollouts of all rows, in their order."
     p, pairs = _pool(model, rows, subject, ev, seed, memo)
     given = dict(generated=None, clean=p.clean_z, seen=p.seen_z)[subject.returns]
@@ -308,10 +307,8 @@ def _state(subject:Subject, preset:Preset, seed:int, path:Path|None, design:str,
     return 'up to date' if old and old[0]['metrics'].get('signature') == signature(subject, preset, seed, path, design) else ''
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #01dfdb39
-def evaluate_all(preset:Preset, seed:int,
-                 load:Callable, # (preset, seed, stage) -> ClearModel
-                 names:str='all', # subjects, commas between
-                 design:str='mixed', # or 'full'
+def evaluate_all(preset:Preset, seed:int, load:Callable, # load: (preset, seed, stage) -> ClearModel
+                 names:str='all', design:str='mixed', # subjects, commas between; 'mixed' or 'full'
                  acc=None, progress:bool=True, root:Path|None=None, # root: of the records; the preset's when not given
                  folder=None)->list: # folder: of the benchmarks; runs/<preset>/cache when not given; returns the records written
     "Evaluate every subject that has a checkpoint and no valid record; says what is left out."

@@ -75,16 +75,17 @@ def _bits(text:str|None, where:str # for the error
     if set(text) - set('01'): raise ValueError(f'{where}: outcomes must be a string of 0 and 1, got {text[:20]!r}')
     return 100*(np.frombuffer(text.encode(), np.uint8)-48.)
 
-def _means(x:np.ndarray|None, variants:int, where:str)->np.ndarray|None: # per item: the mean over its variants
-    if x is None or variants == 1: return x
-    if len(x) % variants: raise ValueError(f'{where}: {len(x)} outcomes are no {variants} for each item')
-    return x.reshape(variants, -1).mean(0)
-
 def _cells(record:dict):
     for model, benchmarks in record['metrics']['scores'].items():
         for benchmark, severities in benchmarks.items():
             for severity, cell in severities.items():
                 yield dict(model=model, benchmark=benchmark, severity=severity, seed=record['seed']), cell
+
+# %% ../nbs/lib/40_report.ipynb #fb292625
+def _means(x:np.ndarray|None, variants:int, where:str)->np.ndarray|None: # per item: the mean over its variants
+    if x is None or variants == 1: return x
+    if len(x) % variants: raise ValueError(f'{where}: {len(x)} outcomes are no {variants} for each item')
+    return x.reshape(variants, -1).mean(0)
 
 # %% ../nbs/lib/40_report.ipynb #22fd7dcd
 def _row(key:dict, cell:dict)->dict:
