@@ -290,6 +290,8 @@ def table7(ours:Mapping, # corruption to category, of the code
     return paper.assign(corruption=paper.corruption.str.replace('_', ' '), **{'category in the code': ['the same' if s else ours[c] for s, c in zip(same, paper.corruption)]})
 
 # %% ../nbs/lib/40_report.ipynb #a712b74e
+def _whole(x)->int|float: return int(x) if float(x).is_integer() else float(x)
+
 def _learned(record:dict)->dict: # the paper's property to a number
     p = record['metrics'].get('pathways', {})
     out = dict(direct_answer_samples=p.get('direct'), generate_then_answer_samples=p.get('restore'),
@@ -303,7 +305,7 @@ def table8(records:list, # of 01_sft, one per seed
           )->pd.DataFrame:
     "What stage 1 was trained on, mean over seeds, beside the paper's; unknown where no record holds it."
     theirs, found = (paper_table(8) if paper is None else paper).set_index('property').value, [_learned(r) for r in records]
-    def mean(k): return round(float(np.mean(v)), 2) if (v := [f[k] for f in found if k in f]) else None
+    def mean(k): return _whole(np.mean(v)) if (v := [f[k] for f in found if k in f]) else None
     names = [*theirs.index, *dict.fromkeys(k for f in found for k in f if k not in theirs.index)]
     return pd.DataFrame([{'property': k.replace('_', ' '), f'ours, {scale}': mean(k), 'paper, 7B': theirs.get(k, 'not reported')} for k in names], dtype=object)
 
@@ -327,7 +329,8 @@ def table11(records:list, titles:Mapping, # our benchmark to its title
     six = [b for b, t in titles.items() if t not in mirrors]
     def total(s): return sum(found[b, s] for b in six) if all((b, s) in found for b in six) else None
     rows = {t: {s: found.get((b, s)) for s in LEVELS} for b, t in titles.items()} | {'Total': {s: total(s) for s in LEVELS}}
-    def theirs(t, s): return paper.stack().dropna().get((mirrors.get(t, t), s), 'not reported')
+    minutes = paper.stack().dropna().map(_whole).astype(object)
+    def theirs(t, s): return minutes.get((mirrors.get(t, t), s), 'not reported')
     return pd.DataFrame([{'benchmark': t, **{k: v for s in LEVELS for k, v in ((f'{s}, seconds (ours, {scale})', row[s]), (f'{s}, minutes (paper, 7B)', theirs(t, s)))}} for t, row in rows.items()], dtype=object)
 
 # %% ../nbs/lib/40_report.ipynb #c81bd180
