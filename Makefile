@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test env
+.PHONY: help reproduce figures test env
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -23,6 +23,10 @@ help: ## show this text
 
 reproduce: $(READY) ## train stages 1 to 3, evaluate, write tables and figures (finished steps are skipped)
 	$(BIN)/python -m clear_nb.pipeline --preset $(PRESET) --from $(FROM) --seed $(SEEDS) $(if $(FORCE),--force)
+
+figures: export MPLBACKEND = agg
+figures: $(READY) ## redraw every table and figure, and the README, from the committed records
+	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY)]; write_readme()'
 
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
