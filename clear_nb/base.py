@@ -75,7 +75,7 @@ INPUTS = ('vit', 'vae', 'both')
 EARLY = .35 # share of the steps with a caption in every row
 THINK = .5 # share of the steps after which every other question asks for a thought
 CAPTION = .3 # chance of a caption afterwards
-LATER = .5 # share of the steps after which every fourth row asks first and shows the picture later
+LATER = .5 # share of the steps after which some rows ask first and show the picture later
 
 def vqa_sample(tok, p:Pool, i:int, inputs:str, n:int, g:np.random.Generator, caption:bool=True, think:bool=False, aloud=thought)->list:
     "A clean picture, `n` of its questions with answers (`aloud`, with a thought, for every other one if `think`), and its caption, as branches"
@@ -115,7 +115,7 @@ def base_batch(model:ClearModel, p:Pool, preset:Preset, seed:int, step:int, copi
     inputs = [INPUTS[k] for k in g.choice(3, b.batch + n_restore, p=(.35, .35, .3))]
     say = [step < EARLY*b.steps or g.random() < CAPTION for _ in range(b.batch)]
     vqa = [vqa_sample(model.tokenizer, p, i, m, d.questions_per_image, g, c, step >= THINK*b.steps) for i, m, c in zip(pick[:b.batch], inputs, say)]
-    for k in range(0, b.batch, 4) if step >= LATER*b.steps else ():
+    for k in range(round(b.later*b.batch)) if step >= LATER*b.steps else ():
         vqa[k] = later_sample(model.tokenizer, p, pick[k], int(g.integers(len(p))), 3, g)
     return vqa, [restore_sample(p, i, copies, t, m if m != 'vit' else 'both') for i, m in zip(pick[b.batch:], inputs[b.batch:])]
 

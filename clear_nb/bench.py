@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import answer, bench_files, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
 from .bench_files import Reject, Sample

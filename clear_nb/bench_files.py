@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from tqdm import tqdm
 import clear_nb
 from . import degrade as dg, scenes
 from .core import PATHS, atomic_path, closest, file_hash, rng

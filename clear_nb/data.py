@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np, torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from . import degrade as dg, scenes
 from .core import rng

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .reward import Outage, Score, Unparsable, choices, normalise, read_score
 from .server import Refused, Server
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 import cv2
 import numpy as np, pandas as pd, torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import degrade as dg, scenes
 from .bench_files import Rows, Sample, build_files, content_hash, from_scenes, read_files, read_info, verify
 from .core import PATHS, Clock, Eval, Preset, closest, file_hash, find_stage, read_records, write_record

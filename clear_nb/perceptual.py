@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy.io import savemat
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import PATHS, Eval, Preset, rng
 from .data import Pool, pool, prompts, scene_items, spoil
 from .degrade import CORRUPTIONS, UnchangedWarning

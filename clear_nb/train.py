@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import atomic_path
 
 # %% ../nbs/lib/26_train.ipynb #da6fb8f7
