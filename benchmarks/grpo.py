@@ -173,7 +173,7 @@ def update(model, rolls, **o):
 def training(model, rolls, a):
     "Seconds of loss and backward with the flow term over those of text alone"
     kinds = [[r for r in rolls if bool(r.restorations) == k] for k in (False, True)]
-    share = round(a.train*len(kinds[1])/len(rolls))
+    share = max(1, round(a.train*len(kinds[1])/len(rolls)))
     sets = {'mixed': kinds[0][:a.train - share] + kinds[1][:share], 'restoring': kinds[1][:a.train]}
     freeze(model, 'vae.', 'vit_model.', 'connector.')
     jobs = {(k, flow): update(model, some, lambda_flow=flow) for k, some in sets.items() if some for flow in (.3, 0.)}
