@@ -555,12 +555,12 @@ def _losses(frame, models)->pd.DataFrame: # one row per model
 def _loss_bars(ax, t:pd.DataFrame, colour, title:str)->None: # t: model, points, percent, low, high
     y = np.arange(len(t))
     ax.barh(y, t.points.fillna(0), .65, color=colour)
-    ax.errorbar(t.points, y, np.nan_to_num([t.points - t.low, t.high - t.points]), fmt='none', color='black', linewidth=.8, capsize=2)
+    ax.errorbar(t.points, y, xerr=np.nan_to_num([t.points - t.low, t.high - t.points]), fmt='none', color='black', linewidth=.8, capsize=2)
     for k, r in enumerate(t.itertuples()):
         right = np.nanmax([r.points, r.high, 0.])
         ax.text(right, k, ' unknown' if math.isnan(r.points) else f' {r.percent:.0f} %', va='center', fontsize=7)
     ax.set(title=title, yticks=y, yticklabels=t.model, xlabel='clean − hard (points)'); ax.tick_params(labelsize=7)
-    ax.margins(x=.15); ax.invert_yaxis()
+    ax.margins(x=.2); ax.invert_yaxis()
 
 # %% ../nbs/lib/40_report.ipynb #f6c0065c
 def figure1(frame:pd.DataFrame, # from `scores_frame`

@@ -6,10 +6,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from clear_nb.core import load_preset, make_record, rng
+from clear_nb.core import PATHS, ROOT, load_preset, make_record, rng
 from clear_nb.paper import paper_table
-from clear_nb.report import (LABELS, UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, figure5, outcomes, paired_difference, save_figure,
-                             save_table, scores_frame, seed_spread, table1, table2, to_markdown, trigger_rates)
+from clear_nb.pipeline import code
+from clear_nb.report import (ABLATION, LABELS, LEVELS, UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, decision_share, drop_reduction, figure1,
+                             figure5, findings, outcomes, paired_difference, save_figure, save_table, scores_frame, seed_spread, table1, table2,
+                             table3, table6, table8, table9, table11, table15, table_sweep, to_markdown, trigger_rates, trigger_table)
 
 SEVERITIES = ('clean', 'low', 'mid', 'hard')
 
@@ -201,3 +203,120 @@ def test_sources_are_required(tmp_path):
 def test_markdown_escapes():
     """A bar inside a cell does not start a new one."""
     assert to_markdown(pd.DataFrame({'a|b': ['c|d']})) == '| a\\|b |\n| --- |\n| c\\|d |\n'
+
+
+SETS = {'MMBench': 'MMBench', 'MMVP': 'MMVP', 'mine': 'My set'}
+
+
+def ours(table):
+    """Cells that claim to be measured here, as text."""
+    return table[[c for c in table if 'ours' in c or c == 'difference (points)']].map(lambda v: 'unknown' if v is None or v != v else str(v))
+
+
+def without(records, model):
+    """The same records as if one subject had never been evaluated."""
+    part = copy.deepcopy(records)
+    for r in part: r['metrics']['scores'].pop(model)
+    return part
+
+
+def ablation(kind, values, p, seed=0):
+    """A record of one changed number; hard accuracy is about p."""
+    scores = {'clear_rl': {b: {s: dict(correct=bits(p, 100, kind, str(values), b, s), item_ids=b, seconds=5., questions=100) for s in SEVERITIES} for b in SETS}}
+    return make_record('06_ablations', dict(kind=kind, values=values, scores=scores), load_preset('smoke'), seed, '+'.join(f'{k}={v}' for k, v in values.items()))
+
+
+def test_no_cell_without_a_record(monkeypatch, tmp_path):
+    """The table notebook on a project without records: no number in any of our columns, and nothing written."""
+    for name in ('runs', 'results', 'figures'): monkeypatch.setattr(PATHS, name, tmp_path/name)
+    names = {}
+    exec(compile(code(ROOT/'nbs'/'07_tables.ipynb'), '07_tables', 'exec'), names)
+    tables = {k: v[0] for k, v in names['tables'].items()}
+    assert {f'table{k}' for k in range(1, 16)}-{'table5'} <= tables.keys() and not (tmp_path/'figures').exists()
+    found = {k: set(ours(t).to_numpy().ravel())-{'unknown', 'no answer', 'is the reference'} for k, t in tables.items()}
+    assert not any(found.values()), found
+    assert sum(ours(t).size for t in tables.values()) > 200
+
+
+@pytest.mark.parametrize('gone', ABLATION)
+def test_numbers_go_with_their_records(records, gone):
+    """Without the records of one subject its row is unknown and the others stay as they were."""
+    before, after = (ours(table3(scores_frame(r), scale='x')) for r in (records, without(records, gone)))
+    row = list(ABLATION).index(gone)
+    assert (after.loc[row] == 'unknown').all() and not (before == 'unknown').any().any()
+    assert before.drop(index=row).equals(after.drop(index=row))
+    claims = findings(scores_frame(without(records, gone)))
+    named = claims.compared.str.contains(rf'\b{gone}\b')
+    assert (ours(claims)['difference (points)'].eq('unknown') == named).all() and named.any()
+
+
+@pytest.mark.parametrize('make', [lambda r, f: table9(f, SETS), lambda r, f: table11(r, SETS), lambda r, f: trigger_table(f, SETS), lambda r, f: table15(r, models=['clear_rl']),
+                                  lambda r, f: table_sweep('lambda', [], r, list(SETS))], ids=['table9', 'table11', 'triggers', 'table15', 'table12'])
+def test_one_model_tables(records, make):
+    """Tables about CLEAR-RL hold nothing without its records."""
+    timed = copy.deepcopy(records)
+    for b in timed[0]['metrics']['scores']['clear_rl'].values():
+        for cell in b.values(): cell['seconds'] = 2.5
+    assert (ours(make(timed, scores_frame(timed))) != 'unknown').any().any()
+    part = without(timed, 'clear_rl')
+    assert (ours(make(part, scores_frame(part))) == 'unknown').all().all()
+
+
+def test_cells_are_recomputed(records, frame):
+    """Tables 3, 9, 15 and the trigger table against the strings of the record."""
+    cells = records[0]['metrics']['scores']['clear_rl']
+    share = lambda text, *rest: 100*np.mean([all(x == '1' for x in pair) for pair in zip(text, *rest)])
+    mean = lambda s, *fields: np.mean([share(*(c[s][f] for f in fields)) for c in cells.values()])
+    assert table3(frame, scale='x')['hard (ours, x)'][4].mean == pytest.approx(mean('hard', 'correct'))
+    assert [e.mean for e in table9(frame, SETS, scale='x')['AVG (ours, x)']] == pytest.approx([mean(s, 'correct') for s in LEVELS])
+    assert decision_share(records, 'clear_rl', 1, 1).mean == pytest.approx(mean('hard', 'correct', 'trigger'))
+    rates = trigger_table(frame, SETS, scale='x').set_index('benchmark')
+    assert rates['mid (ours, x)']['average'].mean == pytest.approx(mean('mid', 'trigger')) and rates['low < mid < hard']['average'] == 'shown'
+    assert rates['clean below 10 %'].eq('yes').all() and rates['hard (paper, 7B)']['average'] == 36.4
+
+
+def test_sweeps(records):
+    """A changed number finds its row; the main run fills its own value only where no ablation holds it; another kind stays out."""
+    extra = [ablation('lambda', dict(lambda_flow=.1), .7), ablation('reward', dict(w_acc=1., w_fmt=0., w_dec=0.), .4), ablation('steps', dict(denoise_steps=30), .6)]
+    t = table_sweep('lambda', extra, records, list(SETS), scale='x').set_index('lambda')
+    assert ours(t)['hard (ours, x)'].ne('unknown').to_dict() == {'0': False, '0.1': True, '0.3': True, '0.5': False, '1': False}
+    want = np.mean([100*c['hard']['correct'].count('1')/100 for c in extra[0]['metrics']['scores']['clear_rl'].values()])
+    assert t['hard (ours, x)']['0.1'].mean == pytest.approx(want) and t['hard (paper, 7B)']['0.1'] == 64.31
+    t = table_sweep('reward', extra, [], list(SETS), scale='x')
+    assert ours(t)['clean (ours, x)'].ne('unknown').tolist() == [True, False, False, False, False]
+    t = table_sweep('steps', extra, records, list(SETS), scale='x').set_index('steps')
+    assert t['seconds per 100 hard questions (ours, x)']['30'] == 5 and list(t.index) == ['2', '10', '20', '30', '50']
+
+
+def test_sweep_with_a_gap():
+    """A run that lacks a benchmark has no average."""
+    part = ablation('lambda', dict(lambda_flow=.1), .7)
+    del part['metrics']['scores']['clear_rl']['mine']
+    assert str(table_sweep('lambda', [part], [], list(SETS), scale='x')['hard (ours, x)'][1]) == 'unknown'
+
+
+def test_drop_reduction():
+    """Half the drop saved; nothing to save is unknown."""
+    def made(base, clear):
+        cell = lambda k: dict(correct='1'*k+'0'*(100-k), item_ids='x')
+        return scores_frame([make_record('04_mmd_bench', dict(scores={m: {'x': dict(clean=cell(a), hard=cell(b))} for m, (a, b) in dict(base=base, clear_rl=clear).items()}), load_preset('smoke'), 0)])
+    est = drop_reduction(made((80, 60), (80, 70)))
+    assert est.mean == pytest.approx(50) and est.low < 50 < est.high
+    assert str(drop_reduction(made((60, 60), (80, 70)))) == 'unknown'
+
+
+def test_what_was_asked(records):
+    """Counts come from records; a range when they differ; Table 8 averages seeds."""
+    assert table6(records, dict(mine=('My set', 'f', 'e')), scale='x')['outcomes (ours, x)'][0] == 100
+    sft = [make_record('01_sft', dict(pathways=dict(direct=n, restore=10)), load_preset('smoke'), n) for n in (1, 2)]
+    assert table8(sft, scale='x')['ours, x'].tolist()[:3] == [11.5, 1.5, 10]
+
+
+def test_figure1(frame):
+    """Intervals lie along the bars; a model without records says so."""
+    left, right = figure1(frame, models=['base', 'nobody'], scale='x').axes
+    assert left.patches[0].get_width() == pytest.approx(table2(frame)['drop (ours, tiny)'][0].mean) and left.texts[1].get_text() == ' unknown'
+    (across,) = left.containers[1].lines[2]
+    low, high = across.get_segments()[0]
+    assert low[1] == high[1] == 0 and low[0] < left.patches[0].get_width() < high[0] and len(right.patches) == 7
+    plt.close('all')
