@@ -277,7 +277,7 @@ def run_subject(model:ClearModel, subject:Subject, preset:Preset, seed:int, fold
                                                          max_new=preset.grpo.max_new_tokens, acc=acc, memo=memo, progress=False))
             clocks.append(clock.seconds)
         scores[b] = {s: dict(c, seconds=t) for s, c, t in zip(levels, results(cells) if cells else [], clocks)}
-    hashes = {b: read_info(files(b, preset.eval.n, folder, design=design))['content_hash'] for b in BENCHMARKS}
+    hashes = {b: read_info(files(b, preset.eval.n, folder, 0, design))['content_hash'] for b in BENCHMARKS}
     return dict(scores={subject.name: scores}, subject=asdict(subject), design=design, content_hash=hashes, corruptions=list(dg.CORRUPTIONS))
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #12252a4a
