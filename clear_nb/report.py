@@ -549,7 +549,7 @@ def _losses(frame, models)->pd.DataFrame: # one row per model
     rows = []
     for m in models:
         e = _clean_hard_drop(frame, m, _both(frame))
-        rows.append(dict(model=LABELS.get(m, m), points=e['drop'].mean, low=e['drop'].low, high=e['drop'].high, percent=100*e['drop'].mean/e['clean'].mean))
+        rows.append(dict(model=LABELS.get(m, m), points=e['drop'].mean, low=e['drop'].low, high=e['drop'].high, percent=100*e['drop'].mean/(e['clean'].mean or math.nan)))
     return pd.DataFrame(rows)
 
 def _loss_bars(ax, t:pd.DataFrame, colour, title:str)->None: # t: model, points, percent, low, high
@@ -558,7 +558,7 @@ def _loss_bars(ax, t:pd.DataFrame, colour, title:str)->None: # t: model, points,
     ax.errorbar(t.points, y, xerr=np.nan_to_num([t.points - t.low, t.high - t.points]), fmt='none', color='black', linewidth=.8, capsize=2)
     for k, r in enumerate(t.itertuples()):
         right = np.nanmax([r.points, r.high, 0.])
-        ax.text(right, k, ' unknown' if math.isnan(r.points) else f' {r.percent:.0f} %', va='center', fontsize=7)
+        ax.text(right, k, ' unknown' if math.isnan(r.percent) else f' {r.percent:.0f} %', va='center', fontsize=7)
     ax.set(title=title, yticks=y, yticklabels=t.model, xlabel='clean − hard (points)'); ax.tick_params(labelsize=7)
     ax.margins(x=.2); ax.invert_yaxis()
 
