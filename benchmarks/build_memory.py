@@ -4,8 +4,7 @@
 
 Writes a TSV of 512-pixel JPEG pictures, builds from it in a fresh process with worker processes below it, and prints the peak resident
 memory of the process that reads and writes, the largest of a worker, and their sum: reader + workers x largest worker, an upper bound,
-because the peaks need not fall together and shared libraries are counted in each. mean_shift takes seconds per picture of this size; leave
-it out of `--corruptions` to measure memory.
+because the peaks need not fall together and shared libraries are counted in each.
 """
 import argparse, base64, json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
