@@ -100,7 +100,8 @@ class Base:
     steps:int; batch:int; lr:float; warmup:int # the language model and the generator
     restore_share:float # pictures to restore per picture to ask about
     ema:float = 0. # decay of the averaged weights; 0: the last ones
-    later:float = 0. # share of the question rows that ask before they show the picture, in the second half
+    more_steps:int = 0; more_lr:float = 0. # a second part with its own schedule, which adds
+    later:float = 0. # rows that ask before they show the picture, per row of questions
 
 # %% ../nbs/lib/00_core.ipynb #eb3fd107
 @dataclass(frozen=True)
