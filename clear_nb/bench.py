@@ -24,12 +24,12 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 from tqdm import tqdm
-from . import answer, bench_files, degrade, scoring
+from . import answer, bench_files, builder, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
 from .bench_files import Reject, Sample
 from .core import atomic_path, versions
 from .judge import LLMJudge
-from .report import Estimate, to_markdown
+from .report import Estimate, table8, to_markdown
 from .server import Refused
 
 # %% ../nbs/lib/41_bench.ipynb #e3e7300f
@@ -516,6 +516,7 @@ def main(argv=None)->int: # exit status
     for a in (_bench_options(kinds), _compare_options(kinds)):
         a.add_argument('--judge', help='MODEL@URL of an OpenAI-compatible server that grades open answers (default: rules alone); its replies are kept in the folder of a run')
         a.add_argument('--compat', choices=['vlmevalkit'], help='score by the rules of that kit')
+    builder.add_command(kinds, open_adapter, lambda record: to_markdown(table8([record], scale='this build')))
     return answer.run_command(parser, argv)
 
 # %% ../nbs/lib/41_bench.ipynb #c310cc03

@@ -293,14 +293,17 @@ def table7(ours:Mapping, # corruption to category, of the code
 # %% ../nbs/lib/40_report.ipynb #a712b74e
 def _whole(x)->int|float: return int(x) if float(x).is_integer() else float(x)
 
+_COUNTED = dict(average_trace_length_direct='trace_length_direct', average_trace_length_generate='trace_length_restore', corruption_types='corruption_types',
+                severity_levels='severity_levels', grpo_set='grpo_set') # the paper's property to the record's name
+
 def _learned(record:dict)->dict: # the paper's property to a number
     p = record['metrics'].get('pathways', {})
     out = dict(direct_answer_samples=p.get('direct'), generate_then_answer_samples=p.get('restore'),
                **{'accuracy of the base model on the degraded questions (%)': 100*p['base_accuracy'] if 'base_accuracy' in p else None})
     if None not in list(out.values())[:2]: out['total_samples'] = p['direct'] + p['restore']
-    return {k: v for k, v in out.items() if v is not None}
+    return {k: v for k, v in (out | {k: p.get(name) for k, name in _COUNTED.items()}).items() if v is not None}
 
-def table8(records:list, # of 01_sft, one per seed
+def table8(records:list, # of 01_sft or of `clear-nb build-data`, one per seed
            paper:pd.DataFrame|None=None, # Table 8 of the paper
            scale:str='tiny' # label of our column
           )->pd.DataFrame:
