@@ -238,8 +238,8 @@ def blocks(source:Source, seed:int, at:tuple)->Iterator: # at: (shard, row); yie
         row = at[1] if k == at[0] else 0
         try:
             for row, rows in _shard_blocks(opened, row): yield (k, row), name, subset, rows
-        except (OSError, ValueError) as e: # of pyarrow and datasets
-            if not source.local or isinstance(e, MemoryError): raise ConnectionError(f'{source.name}: shard {name} cannot be read behind row {row} ({e}); start again later, what is finished is kept.') from e
+        except (OSError, ValueError) as e: # of pyarrow and datasets; a number of the system is no damage
+            if not source.local or getattr(e, 'errno', None): raise ConnectionError(f'{source.name}: shard {name} cannot be read behind row {row} ({e}); start again later, what is finished is kept.') from e
             yield (k + 1, 0), name, subset, e
         else: yield (k + 1, 0), name, subset, []
 
@@ -312,7 +312,7 @@ def _block_candidates(chosen:Selection, found:Found, at:tuple, name:str, subset:
     made = spread(lambda kr: candidate(kr[1], f'{name}:{kr[0]}', subset, chosen.r), drawn)
     return [m for m in made if chosen.take(m, found)]
 
-def _fill(stream:Iterator, chosen:Selection, spread:Callable, bar)->Iterator: # lists of candidates, with what was found so far
+def _fill(stream:Iterator, chosen:Selection, spread:Callable, bar)->Iterator: # stream: of `blocks`, used up as far as it is read; lists of candidates, with what was found so far
     found = Found()
     for at, name, subset, rows in stream:
         before = found.counts['rows']
@@ -351,12 +351,14 @@ def select(source:Source, out:Path, r:Recipe, workers:int=1, progress:bool=True)
     chosen, files = Selection(r), _candidate_files(out)
     for c in chain.from_iterable(_columns(f, ['key', 'part']) for f in files): chosen.add(**c)
     found = Found.of(files[-1]) if files else Found()
+    stream = blocks(source, r.seed, found.at)
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool, tqdm(desc='rows', disable=not progress) as bar:
         warnings.simplefilter('ignore', dg.UnchangedWarning)
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # sizes are checked
         warnings.filterwarnings('ignore', 'open_image', UserWarning)
         while not found.done:
             path = out/'candidates'/f'part-{len(_candidate_files(out)):05}.parquet'
-            found = _write_candidates(path, _fill(blocks(source, r.seed, found.at), chosen, pool.map if workers > 1 else map, bar))
+            found = _write_candidates(path, _fill(stream, chosen, pool.map if workers > 1 else map, bar))
 
 # %% ../nbs/lib/37_builder.ipynb #6abcb104
 def sample_of(row:dict)->Sample:
@@ -445,10 +447,10 @@ def _url(data:bytes)->str:
     kind = 'png' if data.startswith(b'\x89PNG') else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
-def ask_content(row:dict, restore:bool, fault:str='')->list: # fault: what was wrong with the reply before; parts of a message
+def ask_content(row:dict, restore:bool, attempt:int=0, fault:str='')->list: # fault: what was wrong with the attempt before; parts of a message
     "What the annotator is shown."
     show = lambda text, data: [dict(type='text', text=text), dict(type='image_url', image_url=dict(url=_url(data)))]
-    again = [dict(type='text', text=f'An earlier attempt was unusable: {fault}. Follow the form exactly and end with the true answer.')]*bool(fault)
+    again = [dict(type='text', text=f'Attempt {attempt + 1}. The one before was unusable: {fault}. Follow the form exactly and end with the true answer.')]*bool(attempt)
     return [dict(type='text', text=PROMPT[restore]), *show('First picture:', row['seen']), *show('Second picture:', row['image']),
             dict(type='text', text=f"Question: {row['question']}\nTrue answer: {row['answer']}"), *again]
 
@@ -514,7 +516,7 @@ class Trace:
 def _reply(a:Annotator, row:dict, restore:bool, attempt:int, fault:str, ask:bool)->str|None: # None: not kept, and not asked
     key = a.key(row, restore, attempt, fault)
     if (reply := a.kept.get(key)) is None and ask:
-        reply, about = a._heard(ask_content(row, restore, FAULTS.get(fault, '')))
+        reply, about = a._heard(ask_content(row, restore, attempt, FAULTS.get(fault, '')))
         a.kept.add(key, reply, row=row['key'], restore=restore, attempt=attempt, **about)
     return reply
 
@@ -597,7 +599,7 @@ class Estimate:
     def __str__(self):
         span = lambda what, ab, digits=0: f'{ab[0]:,.{digits}f} to {ab[1]:,.{digits}f} {what}'
         parts = [span('requests', self.requests), span('tokens in', self.tokens_in), span('tokens out', self.tokens_out)]
-        parts += [span('for the price', self.price, 2)]*bool(self.price) + [span('minutes', self.minutes, 1)]*bool(self.minutes)
+        parts += [span(what, ab, digits) for what, ab, digits in (('in money', self.price, 2), ('minutes', self.minutes, 1)) if ab]
         return f"{self.traces:,} traces: {', '.join(parts)}; {self.kept:,} replies are kept already"
 
 def estimate(q:dict, r:Recipe, kept:int=0, prices:tuple|None=None, rpm:float|None=None)->Estimate: # q: of `queues`; prices: of a million tokens in and out
@@ -675,7 +677,7 @@ def statistics(tallies:dict, asked:int, correct:int)->dict: # tallies: part to T
 
 # %% ../nbs/lib/37_builder.ipynb #3f63d2e1
 def _settings(source:Source, base, model:str, request:dict, r:Recipe)->dict: # everything that decides what comes out
-    made = dict(clear_nb=clear_nb.__version__, degrade=file_hash(PATHS.package/'degrade.py')[:16], builder=file_hash(PATHS.package/'builder.py')[:16], opencv=cv2.__version__,
+    made = dict(clear_nb=clear_nb.__version__, degrade=file_hash(PATHS.package/'degrade.py')[:16], opencv=cv2.__version__,
                 **{n: metadata.version(n) for n in ('numpy', 'pillow', 'pyarrow')})
     return json.loads(json.dumps(dict(format=1, recipe=asdict(r), source=source.name, shards=[s[0] for s in source.shards], base=base.settings,
                                       annotator=dict(model=model, prompt=VERSION, request=request), versions=made), default=str))
