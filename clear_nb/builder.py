@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import torch
 from PIL import Image, UnidentifiedImageError
+from fastcore.basics import patch
 from tqdm import tqdm
 import clear_nb
 from . import degrade as dg
@@ -208,6 +209,7 @@ def open_folder(folder)->Source:
     if not files: raise FileNotFoundError(f'no parquet file in {folder}: name the folder that holds the data set.')
     return Source(folder.name, tuple((f.relative_to(folder).as_posix(), f.parent.name if f.parent != folder else f.stem, partial(_stream, [f])) for f in files))
 
+# %% ../nbs/lib/37_builder.ipynb #1ad481c8
 def open_hub(name:str, # 'lmms-lab/LLaVA-OneVision-Data'
              subsets:list=None)->Source: # names of configurations; None: all
     "Shards of a data set on the hub. Raises what `datasets` raises when it cannot be reached."
@@ -231,6 +233,7 @@ def _shard_blocks(opened:Callable, first:int)->Iterator: # first row; (next row,
         if not (block := list(islice(rows, BLOCK))): return
         yield at + len(block), block
 
+# %% ../nbs/lib/37_builder.ipynb #ac01fd9d
 def blocks(source:Source, seed:int, at:tuple)->Iterator: # at: (shard, row); yields (shard, row) behind, name, subset, rows or the OSError or ValueError that ended the shard
     "The source from a position on."
     shards = source.order(seed)
@@ -251,6 +254,7 @@ _LOOKED = 20_000 # rows after which a file ends, however few candidates it holds
 
 def _plain_pictures(schema)->dict: return dict(compression={n: 'none' if n in ('image', 'seen') else 'zstd' for n in schema.names}, use_dictionary=False, write_statistics=False)
 
+# %% ../nbs/lib/37_builder.ipynb #aa37284c
 @contextmanager
 def _room(out:Path)->Iterator:
     "A full disk as one sentence."
@@ -287,18 +291,22 @@ class Selection:
     @property
     def full(self)->bool: return all(self.held[p] >= self.most for p in PARTS)
 
-    def drawn(self, row:dict)->bool: # by content, whatever else is in the source
-        if self.r.share == 1: return True
-        image = row.get('image')
-        data = image.get('bytes') if isinstance(image, dict) else image
-        return rng('builder', 'share', self.r.seed, _sha(data or b'', str(row.get('conversations')))).random() < self.r.share
+# %% ../nbs/lib/37_builder.ipynb #b4e7959a
+@patch
+def drawn(self:Selection, row:dict)->bool: # by content, whatever else is in the source
+    if self.r.share == 1: return True
+    image = row.get('image')
+    data = image.get('bytes') if isinstance(image, dict) else image
+    return rng('builder', 'share', self.r.seed, _sha(data or b'', str(row.get('conversations')))).random() < self.r.share
 
-    def take(self, made, found:Found)->bool: # made: of `candidate`
-        if isinstance(made, tuple): return found.rejects.append(made) or False
-        if made['key'] in self.keys: return found.rejects.append((made['place'], 'duplicate', '')) or False
-        if self.held[made['part']] >= self.most: return found.counts.update(['part full']) or False
-        self.add(made['key'], made['part'])
-        return True
+@patch
+def take(self:Selection, made, found:Found)->bool: # made: of `candidate`
+    full = not isinstance(made, tuple) and self.held[made['part']] >= self.most
+    if isinstance(made, tuple): found.rejects.append(made)
+    elif made['key'] in self.keys: found.rejects.append((made['place'], 'duplicate', ''))
+    elif full: found.counts['part full'] += 1
+    else: self.add(made['key'], made['part']); return True
+    return False
 
 # %% ../nbs/lib/37_builder.ipynb #238a3202
 def _block_candidates(chosen:Selection, found:Found, at:tuple, name:str, subset:str, rows, spread:Callable)->list: # spread: map over many rows
@@ -312,6 +320,7 @@ def _block_candidates(chosen:Selection, found:Found, at:tuple, name:str, subset:
     made = spread(lambda kr: candidate(kr[1], f'{name}:{kr[0]}', subset, chosen.r), drawn)
     return [m for m in made if chosen.take(m, found)]
 
+# %% ../nbs/lib/37_builder.ipynb #4f75a57b
 def _fill(stream:Iterator, chosen:Selection, spread:Callable, bar)->Iterator: # stream: of `blocks`, used up as far as it is read; lists of candidates, with what was found so far
     found = Found()
     for at, name, subset, rows in stream:
@@ -346,6 +355,7 @@ def _columns(path:Path, columns:Iterable)->Iterator: # dicts, a row group at a t
             for k in range(file.num_row_groups): yield from file.read_row_group(k, list(columns)).to_pylist()
     except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged ({e}): delete it and the files behind it, and start again.') from e
 
+# %% ../nbs/lib/37_builder.ipynb #5390f09a
 def select(source:Source, out:Path, r:Recipe, workers:int=1, progress:bool=True):
     "Stage A; goes on where it stopped."
     chosen, files = Selection(r), _candidate_files(out)
@@ -366,6 +376,7 @@ def sample_of(row:dict)->Sample:
     return Sample(row['source'], row['key'], row['question'], row['answer'], row.get('seen', b''), json.loads(row['options']), prompt=row['question'],
                   corruption=row['corruption'], severity=row['severity'])
 
+# %% ../nbs/lib/37_builder.ipynb #ff8c1616
 def _chunks(items:Iterable, n:int)->Iterator: # lists of at most n
     items = iter(items)
     while part := list(islice(items, n)): yield part
@@ -377,12 +388,13 @@ def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer
         if reply.kind == 'answer': said.add(row['key'], reply.text)
     return [r.detail for r in replies if r.kind != 'answer']
 
-# %% ../nbs/lib/37_builder.ipynb #ff8c1616
+# %% ../nbs/lib/37_builder.ipynb #02f32a42
 def _unasked(out:Path, said:Replies)->Iterator: # candidates without a reply
     for path in _candidate_files(out):
         if all(said.get(c['key']) is not None for c in _columns(path, ['key'])): continue
         yield from (r for r in _columns(path, [k for k in _CANDIDATE.names if k != 'image']) if said.get(r['key']) is None)
 
+# %% ../nbs/lib/37_builder.ipynb #e7aaa84c
 def answer_all(base, out:Path, r:Recipe, progress:bool=True)->Replies:
     "Stage B. ConnectionError when rows have no reply."
     said, silent = Replies(out/'base.jsonl'), []
@@ -407,6 +419,7 @@ def picture_tokens(w:int, h:int)->int:
     scale = min(1., 2048/max(w, h), 768/min(w, h))
     return 85 + 170*math.ceil(w*scale/512)*math.ceil(h*scale/512)
 
+# %% ../nbs/lib/37_builder.ipynb #3c05ffe9
 def candidates(out:Path, said:Replies)->Iterator: # Light; those without a reply are left out
     "All candidates with their pathways."
     for c in chain.from_iterable(_columns(p, [*_TEXTS, 'width', 'height']) for p in _candidate_files(out)):
@@ -443,6 +456,7 @@ Second think block: say what the restored picture shows, and reason from it to t
 Answer block: the answer alone, short, in the words of the true answer.'''}
 VERSION = _sha(PROMPT[False], PROMPT[True])[:8]
 
+# %% ../nbs/lib/37_builder.ipynb #5633b499
 def _url(data:bytes)->str:
     kind = 'png' if data.startswith(b'\x89PNG') else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
@@ -464,11 +478,13 @@ def read_trace(reply:str)->tuple: # one text, or two around a restoration
     first, marker, rest = reply.partition(MARKER)
     return (first.strip() + marker, rest.strip()) if marker else (first.strip(),)
 
+# %% ../nbs/lib/37_builder.ipynb #a7a9415b
 def _reveals(thought:str, row:dict)->bool: # does it say what is not in the question?
     words = lambda t: ' '.join(['', *re.findall(r'\w+', t.casefold()), ''])
     truth = json.loads(row['options']).get(row['answer'], row['answer'])
     return len(truth) > 3 and words(truth) in words(thought) and words(truth) not in words(row['question'])
 
+# %% ../nbs/lib/37_builder.ipynb #fca38cfc
 def trace_fault(reply:str, row:dict, restore:bool)->str: # a key of FAULTS; '' for a good trace
     "What is wrong with a reply of the annotator."
     if reply.startswith(DECLINED): return 'declined'
@@ -492,27 +508,30 @@ class Annotator:
     def key(self, row:dict, restore:bool, attempt:int, fault:str)->str:
         return _sha(self.server.model, json.dumps(self.request, sort_keys=True), VERSION, row['image'], row['seen'], row['question'], row['answer'], restore, attempt, fault)
 
-    def _heard(self, content:list)->tuple: # text, dict; raises ConnectionError after `patience`, Refused at once
-        begun, pause = time.monotonic(), 1.
-        while not self._stop.is_set():
-            try: return self.server.ask(content, **self.request)
-            except Declined as e:
-                if not len(self.kept): raise ValueError(f'the annotator declines the first request: {e}; check the model and the settings of the request.') from e
-                return DECLINED + str(e), {}
-            except ConnectionError as e:
-                self._last = str(e)
-                if time.monotonic() - begun >= self.patience: self._stop.set(); break
-                self._stop.wait(pause)
-                pause = min(60., 2*pause)
-        raise ConnectionError(f'the annotator does not answer: {self._last}')
-
 # %% ../nbs/lib/37_builder.ipynb #e9abf624
+@patch
+def _heard(self:Annotator, content:list)->tuple: # text, dict; raises ConnectionError after `patience`, Refused at once
+    begun, pause = time.monotonic(), 1.
+    while not self._stop.is_set():
+        try: return self.server.ask(content, **self.request)
+        except Declined as e:
+            if not len(self.kept): raise ValueError(f'the annotator declines the first request: {e}; check the model and the settings of the request.') from e
+            return DECLINED + str(e), {}
+        except ConnectionError as e:
+            self._last = str(e)
+            if time.monotonic() - begun >= self.patience: self._stop.set(); break
+            self._stop.wait(pause)
+            pause = min(60., 2*pause)
+    raise ConnectionError(f'the annotator does not answer: {self._last}')
+
+# %% ../nbs/lib/37_builder.ipynb #26083779
 @dataclass(frozen=True)
 class Trace:
     "What became of a row."
     texts:tuple # () when it is rejected
     faults:tuple # of the replies before, in order; the last one is the reason of a reject
 
+# %% ../nbs/lib/37_builder.ipynb #04b29b56
 def _reply(a:Annotator, row:dict, restore:bool, attempt:int, fault:str, ask:bool)->str|None: # None: not kept, and not asked
     key = a.key(row, restore, attempt, fault)
     if (reply := a.kept.get(key)) is None and ask:
@@ -520,6 +539,7 @@ def _reply(a:Annotator, row:dict, restore:bool, attempt:int, fault:str, ask:bool
         a.kept.add(key, reply, row=row['key'], restore=restore, attempt=attempt, **about)
     return reply
 
+# %% ../nbs/lib/37_builder.ipynb #d25aff5d
 def trace(a:Annotator, row:dict, restore:bool, ask:bool=True)->Trace: # ask: False reads only what is kept; LookupError when that is not enough
     "A valid trace, or the faults of all attempts (paper App. C)."
     faults = ()
@@ -538,11 +558,13 @@ def _in_order(pool:ThreadPoolExecutor, f:Callable, items:Iterable, most:int)->It
         if len(waiting) >= most: yield waiting.popleft().result()
     while waiting: yield waiting.popleft().result()
 
+# %% ../nbs/lib/37_builder.ipynb #e1cec896
 def wanted(out:Path, keys, columns=_CANDIDATE.names)->Iterator: # keys: a set or dict
     "Candidates with these keys, in the order of the source."
     for path in _candidate_files(out):
         if any(c['key'] in keys for c in _columns(path, ['key'])): yield from (r for r in _columns(path, columns) if r['key'] in keys)
 
+# %% ../nbs/lib/37_builder.ipynb #c2a178c0
 @contextmanager
 def _stopping(a:Annotator)->Iterator: # an error in the block ends all waiting
     done = False
@@ -561,7 +583,7 @@ def _round(a:Annotator, out:Path, ways:dict, workers:int, bar)->dict: # ways: ke
             bar.update(1)
     return told
 
-# %% ../nbs/lib/37_builder.ipynb #e1cec896
+# %% ../nbs/lib/37_builder.ipynb #50316eb4
 @dataclass
 class Annotated:
     "Traces of the SFT part."
@@ -569,6 +591,7 @@ class Annotated:
     faults:Counter # every unusable reply by its fault
     rejects:dict # key -> fault of the last attempt
 
+# %% ../nbs/lib/37_builder.ipynb #2e50a5a8
 def annotate(a:Annotator, out:Path, q:dict, r:Recipe, workers:int=8, progress:bool=True)->Annotated: # q: of `queues`
     "Stage D; raises Refused, ConnectionError and ValueError of the annotator, with everything kept."
     goal, left, done = goals(q, r), {way: list(side) for way, side in q.items()}, Annotated({False: [], True: []}, Counter(), {})
@@ -602,6 +625,7 @@ class Estimate:
         parts += [span(what, ab, digits) for what, ab, digits in (('in money', self.price, 2), ('minutes', self.minutes, 1)) if ab]
         return f"{self.traces:,} traces: {', '.join(parts)}; {self.kept:,} replies are kept already"
 
+# %% ../nbs/lib/37_builder.ipynb #5ce6f4fe
 def estimate(q:dict, r:Recipe, kept:int=0, prices:tuple|None=None, rpm:float|None=None)->Estimate: # q: of `queues`; prices: of a million tokens in and out
     "Cost of stage D before it starts."
     goal = goals(q, r)
@@ -623,6 +647,7 @@ def _write_examples(out:Path, part:str, rows:Iterable)->list: # rows: dicts of _
         with atomic_path(paths[-1]) as tmp, pq.ParquetWriter(tmp, _EXAMPLE, **_plain_pictures(_EXAMPLE)) as file:
             for group in chain([head], islice(rows, FILE//GROUP - 1)): file.write_table(pa.Table.from_pylist(group, _EXAMPLE))
 
+# %% ../nbs/lib/37_builder.ipynb #cc1ecc50
 @dataclass
 class Tally:
     "Sums over the examples of a part."
@@ -654,6 +679,7 @@ def _write_rejects(out:Path, lost:dict)->dict: # stage to counts by reason
             f.write(json.dumps(r, ensure_ascii=False) + '\n')
     return {k: dict(sorted(c.items())) for k, c in counts.items()}
 
+# %% ../nbs/lib/37_builder.ipynb #626729ca
 def _accounts(out:Path, said:Replies, lost:dict, kept:dict, rejected:dict)->dict: # kept: part to keys; where every row went
     looked, held = Counter(), set()
     for f in _candidate_files(out): looked.update(Found.of(f).counts)
@@ -682,6 +708,7 @@ def _settings(source:Source, base, model:str, request:dict, r:Recipe)->dict: # e
     return json.loads(json.dumps(dict(format=1, recipe=asdict(r), source=source.name, shards=[s[0] for s in source.shards], base=base.settings,
                                       annotator=dict(model=model, prompt=VERSION, request=request), versions=made), default=str))
 
+# %% ../nbs/lib/37_builder.ipynb #f47a6f71
 def _begin(out:Path, settings:dict)->bool: # finished? ValueError when the folder is something else
     for path in (out/'manifest.json', out/'building.json'):
         if not path.exists(): continue
@@ -707,6 +734,7 @@ def _finish(out:Path, settings:dict, r:Recipe, said:Replies, light:list, traced:
     (out/'building.json').unlink()
     return manifest
 
+# %% ../nbs/lib/37_builder.ipynb #41bad89a
 def build_training(source:Source, base, # base: an adapter
                    server, # annotator: `Server`, or anything with `model` and `ask`; None: stop after the estimate
                    out, r:Recipe=Recipe(), workers:int=8, # workers: requests at the same time
@@ -727,6 +755,7 @@ def build_training(source:Source, base, # base: an adapter
         if progress: print(cost, file=sys.stderr)
         return _finish(out, settings, r, said, light, annotate(a, out, q, r, workers, progress), a)
 
+# %% ../nbs/lib/37_builder.ipynb #7093f060
 def read_manifest(folder)->dict:
     "Counts and settings of a finished build; ValueError for a folder without one."
     path = Path(folder)/'manifest.json'
@@ -744,6 +773,7 @@ def _group_index(folder:Path, part:str)->list: # (path, row group, row) of every
     sizes = [(f, k, pq.read_metadata(f).row_group(k).num_rows) for f in files for k in range(pq.read_metadata(f).num_row_groups)]
     return [(f, k, i) for f, k, n in sizes for i in range(n)]
 
+# %% ../nbs/lib/37_builder.ipynb #72c9d92c
 class Stored:
     "An item of `data` whose pictures lie on the disk."
     def __init__(self, at:tuple, row:dict):
@@ -766,6 +796,7 @@ class Lazy:
         if not -self.n <= int(i) < self.n: raise IndexError(f'{i} of {self.n}')
         return self.make(int(i) % self.n)
 
+# %% ../nbs/lib/37_builder.ipynb #4622d8b3
 def _pixels(picture:Image.Image)->torch.Tensor: return torch.from_numpy(np.array(picture)).permute(2, 0, 1) # (3, H, W) uint8
 
 def _views(model, items:list)->dict: # functions of an index
@@ -817,6 +848,7 @@ def recipe_of(texts:list, **given)->Recipe: # texts: NAME=VALUE
         given[name] = yaml.safe_load(value)
     return Recipe(**given)
 
+# %% ../nbs/lib/37_builder.ipynb #0f9f753e
 def _annotator(args)->Server|None:
     model, _, url = args.annotator.partition('@')
     return None if args.estimate else Server(model, url or None, args.key_env, args.timeout, rpm=args.rpm)
