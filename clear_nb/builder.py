@@ -95,6 +95,7 @@ def options_in(question:str)->dict: # letter to text; empty for an open question
     found = re.findall(r'^\s*\(?([A-Z])[.):]\s*(\S.*?)\s*$', question, re.M)
     return dict(found) if len(found) > 1 and [c for c, _ in found] == list(ascii_uppercase[:len(found)]) else {}
 
+# %% ../nbs/lib/37_builder.ipynb #ed99b1c7
 def _checkable(answer:str, options:dict)->str: # the answer as a rule can check it; raises Unusable
     if not options: return answer.lower() if answer in tuple('ABCD') else answer # a lone letter is a text, not an option
     found = re.match(r'\(?([A-Z])(?:[).:]|$)', answer)
@@ -129,17 +130,19 @@ def _bytes_of(image)->bytes: # image: what a data set holds for a picture; raise
     if not isinstance(image, (bytes, bytearray)) or not image: raise Unusable('no picture')
     return bytes(image)
 
+# %% ../nbs/lib/37_builder.ipynb #ab03549a
 def _check_size(w:int, h:int, r:Recipe): # raises Unusable
     if w*h > r.max_pixels: raise Unusable('too large', f'{w} x {h} pixels')
     if min(w, h) < r.min_side: raise Unusable('too small', f'{w} x {h} pixels, at least {r.min_side} a side are needed')
     if max(w, h) > r.max_aspect*min(w, h): raise Unusable('too narrow', f'{w} x {h} pixels')
 
-# %% ../nbs/lib/37_builder.ipynb #ab03549a
+# %% ../nbs/lib/37_builder.ipynb #b534ad90
 def _png(pixels:np.ndarray)->bytes: # (H, W, 3) uint8 RGB
     ok, data = cv2.imencode('.png', cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not ok: raise Unusable('cannot be degraded', f'no PNG of {pixels.shape}')
     return data.tobytes()
 
+# %% ../nbs/lib/37_builder.ipynb #b2b1a304
 def read_picture(data:bytes, r:Recipe)->tuple: # (H, W, 3) uint8, bytes of a plain RGB file; raises Unusable
     "Decode and check the picture of a row."
     try:
@@ -169,6 +172,7 @@ def _spoilt(pixels:np.ndarray, key:str, r:Recipe)->tuple: # file of the degraded
     try: return _png(dg.degrade(pixels, name, level, g, r.relative)), name, level
     except (ValueError, cv2.error) as e: raise Unusable('cannot be degraded', e) from e
 
+# %% ../nbs/lib/37_builder.ipynb #5c55e97c
 def candidate(row:dict, place:str, source:str, r:Recipe)->dict|tuple: # place and source: for people; a record, or place, reason and detail
     "One row of the source as a degraded question."
     try:
@@ -192,6 +196,7 @@ class Source:
 
     def order(self, seed:int)->list: return [self.shards[k] for k in rng('builder', 'shards', seed).permutation(len(self.shards))]
 
+# %% ../nbs/lib/37_builder.ipynb #420af361
 def _stream(files, **kw): # IterableDataset; pictures stay encoded
     from datasets import load_dataset # takes seconds
     ds = load_dataset('parquet', data_files=[str(f) for f in files], split='train', streaming=True, **kw)
@@ -218,6 +223,7 @@ def open_hub(name:str, # 'lmms-lab/LLaVA-OneVision-Data'
     opened = {s: load_dataset(name, s, split='train', streaming=True) for s in subsets or get_dataset_config_names(name)}
     return Source(name, tuple((f'{s}/{k}', s, partial(piece, ds, k)) for s, ds in opened.items() for k in range(ds.num_shards)), False)
 
+# %% ../nbs/lib/37_builder.ipynb #ce4690c6
 def open_source(spec:str)->Source: # a folder, or 'hub:NAME' with subsets behind commas
     "What a text names."
     if not str(spec).startswith('hub:'): return open_folder(spec)
@@ -299,6 +305,7 @@ def drawn(self:Selection, row:dict)->bool: # by content, whatever else is in the
     data = image.get('bytes') if isinstance(image, dict) else image
     return rng('builder', 'share', self.r.seed, _sha(data or b'', str(row.get('conversations')))).random() < self.r.share
 
+# %% ../nbs/lib/37_builder.ipynb #7b10bc1c
 @patch
 def take(self:Selection, made, found:Found)->bool: # made: of `candidate`
     full = not isinstance(made, tuple) and self.held[made['part']] >= self.most
@@ -574,6 +581,7 @@ def _stopping(a:Annotator)->Iterator: # an error in the block ends all waiting
     finally:
         if not done: a._stop.set()
 
+# %% ../nbs/lib/37_builder.ipynb #22832e39
 def _round(a:Annotator, out:Path, ways:dict, workers:int, bar)->dict: # ways: key to restore?; key to (faults, rejected?)
     told = {}
     def one(row): return row['key'], trace(a, row, ways[row['key']])
@@ -658,6 +666,7 @@ class Tally:
         self.ways[restore] += 1; self.length[restore] += sum(map(len, texts))
         for k, c in self.by.items(): c[row[k]] += 1
 
+# %% ../nbs/lib/37_builder.ipynb #a16d48c4
 def _examples(out:Path, ways:dict, a:Annotator|None, tally:Tally)->Iterator: # a: None for a part without traces
     for row in wanted(out, ways):
         way = ways[row['key']]
@@ -671,6 +680,7 @@ def _rejected(out:Path, lost:dict)->Iterator: # lost: key to fault; dicts
         for place, reason, detail in Found.of(f).rejects: yield dict(place=place, stage='row', reason=reason, detail=detail)
     for c in wanted(out, lost, ['key', 'place']): yield dict(place=c['place'], stage='trace', reason=lost[c['key']], detail='')
 
+# %% ../nbs/lib/37_builder.ipynb #8f153cfd
 def _write_rejects(out:Path, lost:dict)->dict: # stage to counts by reason
     counts = dict(row=Counter(), trace=Counter())
     with atomic_path(out/'rejects.jsonl') as tmp, tmp.open('w') as f:
@@ -853,6 +863,7 @@ def _annotator(args)->Server|None:
     model, _, url = args.annotator.partition('@')
     return None if args.estimate else Server(model, url or None, args.key_env, args.timeout, rpm=args.rpm)
 
+# %% ../nbs/lib/37_builder.ipynb #5b091402
 def _run(args:argparse.Namespace, open_adapter:Callable, table:Callable)->int: # exit status: 1 when there are fewer examples than wanted
     clock, r = Clock(), recipe_of(args.set, n=args.n, seed=args.seed)
     base = open_adapter(args.base, **({} if args.batch is None else dict(batch=args.batch)))
