@@ -12,7 +12,7 @@ __all__ = ['PARTS', 'REASONS', 'BLOCK', 'GROUP', 'FILE', 'PROMPT', 'VERSION', 'F
            'add_command']
 
 # %% ../nbs/lib/37_builder.ipynb #428e8220
-import argparse, base64, errno, hashlib, io, json, math, re, sys, threading, time, warnings
+import argparse, base64, errno, hashlib, io, json, logging, math, re, sys, threading, time, warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +199,7 @@ class Source:
 # %% ../nbs/lib/37_builder.ipynb #420af361
 def _stream(files, **kw): # IterableDataset; pictures stay encoded
     from datasets import load_dataset # takes seconds
+    logging.getLogger('datasets.packaged_modules.parquet.parquet').setLevel(logging.CRITICAL) # damage is recorded as a reject
     ds = load_dataset('parquet', data_files=[str(f) for f in files], split='train', streaming=True, **kw)
     return _undecoded(ds)
 
@@ -319,7 +320,7 @@ def take(self:Selection, made, found:Found)->bool: # made: of `candidate`
 def _block_candidates(chosen:Selection, found:Found, at:tuple, name:str, subset:str, rows, spread:Callable)->list: # spread: map over many rows
     found.at = at
     if isinstance(rows, Exception):
-        found.rejects.append((name, 'unreadable shard', ' '.join(str(rows).split())[:200]))
+        found.rejects.append((name, 'unreadable shard', re.sub(r'\S*/(?=\S)', '', ' '.join(str(rows).split()))[:200])) # without the folders of this machine
         return []
     first = at[1] - len(rows)
     drawn = [(k, row) for k, row in enumerate(rows, first) if chosen.drawn(row)]
