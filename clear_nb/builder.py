@@ -512,6 +512,7 @@ class Annotator:
                  request:dict=dict(temperature=.3, max_tokens=1024)): # authors' script
         self.server, self.kept, self.attempts, self.patience, self.request = server, kept, attempts, patience, dict(request)
         self._stop, self._last = threading.Event(), 'stopped'
+        self._lock, self._held, self._answered = threading.Lock(), [], len(kept) > 0
 
     def key(self, row:dict, restore:bool, attempt:int, fault:str)->str:
         return _sha(self.server.model, json.dumps(self.request, sort_keys=True), VERSION, row['image'], row['seen'], row['question'], row['answer'], restore, attempt, fault)
@@ -522,15 +523,25 @@ def _heard(self:Annotator, content:list)->tuple: # text, dict; raises Connection
     begun, pause = time.monotonic(), 1.
     while not self._stop.is_set():
         try: return self.server.ask(content, **self.request)
-        except Declined as e:
-            if not len(self.kept): raise ValueError(f'the annotator declines the first request: {e}; check the model and the settings of the request.') from e
-            return DECLINED + str(e), {}
+        except Declined as e: return DECLINED + str(e), {}
         except ConnectionError as e:
             self._last = str(e)
             if time.monotonic() - begun >= self.patience: self._stop.set(); break
             self._stop.wait(pause)
             pause = min(60., 2*pause)
     raise ConnectionError(f'the annotator does not answer: {self._last}')
+
+# %% ../nbs/lib/37_builder.ipynb #68888dfe
+@patch
+def keep(self:Annotator, key:str, reply:str, **about): # about: for people who read the file; raises ValueError
+    "Write a reply down; declined requests wait for the first answer."
+    with self._lock:
+        self._held.append((key, reply, about))
+        self._answered = self._answered or not reply.startswith(DECLINED)
+        if not self._answered and len(self._held) >= 10:
+            raise ValueError(f'the annotator declines every request ({reply.removeprefix(DECLINED)}); check the model and the settings of the request.')
+        for k, r, more in self._held if self._answered else (): self.kept.add(k, r, **more)
+        if self._answered: self._held.clear()
 
 # %% ../nbs/lib/37_builder.ipynb #26083779
 @dataclass(frozen=True)
@@ -544,7 +555,7 @@ def _reply(a:Annotator, row:dict, restore:bool, attempt:int, fault:str, ask:bool
     key = a.key(row, restore, attempt, fault)
     if (reply := a.kept.get(key)) is None and ask:
         reply, about = a._heard(ask_content(row, restore, attempt, FAULTS.get(fault, '')))
-        a.kept.add(key, reply, row=row['key'], restore=restore, attempt=attempt, **about)
+        a.keep(key, reply, row=row['key'], restore=restore, attempt=attempt, **about)
     return reply
 
 # %% ../nbs/lib/37_builder.ipynb #d25aff5d

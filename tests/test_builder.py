@@ -182,7 +182,7 @@ def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
     with FakeServer(default=Status(401, 'bad key sk-secret')) as server:
         with pytest.raises(PermissionError, match='refused the key'): build(source, server.url, tmp_path/'out', small)
     with FakeServer(default=Status(400, 'unknown field')) as server:
-        with pytest.raises(ValueError, match='declines the first request.*unknown field'): build(source, server.url, tmp_path/'out', small)
+        with pytest.raises(ValueError, match='declines every request.*unknown field'): build(source, server.url, tmp_path/'out', small)
     assert lines(tmp_path/'out'/'annotator.jsonl') == 0
 
 
