@@ -25,6 +25,7 @@ def part_of(name:str)->str:
     if 'lm_head' in name: return 'head'
     return 'gen' if 'moe_gen' in name or not name.startswith('language_model.') else 'und'
 
+# %% ../nbs/lib/46_scale.ipynb #61f8b501
 def count_parameters(cfg:ClearConfig)->dict: # part -> number
     "Parameters by part, counted on a model without memory"
     out = dict.fromkeys(('und', 'gen', 'embed', 'head', 'vit', 'vae'), 0)
@@ -42,6 +43,7 @@ def saved_bytes(f, weights:set=frozenset())->int: # weights: storages that do no
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(n for _, n in kept.values())
 
+# %% ../nbs/lib/46_scale.ipynb #36702b01
 def _layer_bytes(layer, cfg, L:int, dtype)->int: # one row of L tokens, a quarter of them latents
     N, d, dev = L, cfg.hidden_size//cfg.num_attention_heads, 'meta'
     at = torch.zeros(N, dtype=torch.long, device=dev)
@@ -84,6 +86,7 @@ def picture_tokens(p:Preset, w:int, h:int)->tuple: # latent and ViT tokens, ends
     grid = lambda rule, patch: (lambda a, b: a//patch*(b//patch) + 2)(*ResizeRule(*rule).size(w, h))
     return grid(p.model['vae_rule'], cfg.vae.down*cfg.latent_patch), grid(p.model['vit_rule'], cfg.vit.patch)
 
+# %% ../nbs/lib/46_scale.ipynb #0548de01
 def trajectory_tokens(p:Preset, w:int, h:int, question:int, said:int, stage:str='grpo')->Tokens: # stage: 'sft', 'bridge' or 'grpo'
     "Tokens of a trajectory that restores"
     latent, vit = picture_tokens(p, w, h)
@@ -100,12 +103,14 @@ class Plan:
     lora:int = 0 # rank; 0: all decoder weights learn
     dtype:torch.dtype = torch.bfloat16 # of the activations
 
+# %% ../nbs/lib/46_scale.ipynb #6f00be01
 def lora_parameters(cfg:ClearConfig, rank:int)->int:
     "Trained numbers with LoRA on every matrix of both experts"
     llm = qwen2(cfg)
     with torch.device('meta'): layer = Layer(llm, 0)
     return llm.num_hidden_layers*sum(rank*sum(p.shape) for p in layer.parameters() if p.ndim == 2)
 
+# %% ../nbs/lib/46_scale.ipynb #6f00be02
 def state_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
     "Weights, gradients, moments and copies"
     n = count_parameters(cfg)
@@ -123,6 +128,7 @@ def pass_bytes(cfg:ClearConfig, tokens:float, labels:float, # of one GPU in one 
     with torch.device('meta'): gathered = 0 if plan.gpus == 1 else 2*2*sum(p.numel() for p in Layer(llm, 0).parameters())
     return tokens*(kept + 4*inside) + labels*8*llm.vocab_size + gathered
 
+# %% ../nbs/lib/46_scale.ipynb #b39fc401
 def training_memory(cfg:ClearConfig, tokens:float, labels:float, plan:Plan)->dict: # bytes per GPU
     "Peak memory of a training step by part"
     out = dict(state=state_bytes(cfg, plan), passes=pass_bytes(cfg, tokens*plan.micro, labels*plan.micro, plan))
@@ -136,10 +142,12 @@ def forward_flops(cfg:ClearConfig, und:float, gen:float, # tokens of each expert
     n, llm = count_parameters(cfg), qwen2(cfg)
     return 2*(und*n['und'] + gen*n['gen'] + labels*n['head']) + 4*pairs*llm.hidden_size*llm.num_hidden_layers
 
+# %% ../nbs/lib/46_scale.ipynb #16419801
 def training_flops(cfg:ClearConfig, t:Tokens, checkpoint:bool=True)->float: # per trajectory
     "Operations of one training step on one trajectory"
     return (4 if checkpoint else 3)*forward_flops(cfg, t.und, t.gen, t.all**2/2, t.said)
 
+# %% ../nbs/lib/46_scale.ipynb #16419802
 def kv_bytes(cfg:ClearConfig, size:int=2)->int: # size: bytes of a number
     "Keys and values of one token"
     c = qwen2(cfg)
@@ -155,16 +163,19 @@ class Gpu:
     mfu:float = .35 # share of `matrix` in training
     reach:float = .5 # share of `matrix` or `bandwidth` in generation
 
+# %% ../nbs/lib/46_scale.ipynb #3f6d2a01
 def train_seconds(cfg:ClearConfig, t:Tokens, n:float, plan:Plan, gpu:Gpu=Gpu())->float: # n: trajectories
     "Seconds of training steps on `n` trajectories"
     return n*training_flops(cfg, t, plan.checkpoint)/(plan.gpus*gpu.mfu*gpu.matrix)
 
+# %% ../nbs/lib/46_scale.ipynb #3f6d2a02
 def decode_seconds(cfg:ClearConfig, rows:int, context:float, gpu:Gpu=Gpu())->float: # per token of all rows together
     "Seconds of one decoding step"
     n = count_parameters(cfg)
     size = 2*(n['und'] + n['head']) + rows*context*kv_bytes(cfg)
     return max(size/gpu.bandwidth, forward_flops(cfg, rows, 0, rows*context, rows)/gpu.matrix)/gpu.reach
 
+# %% ../nbs/lib/46_scale.ipynb #3f6d2a03
 def answer_seconds(cfg:ClearConfig, t:Tokens, steps:int, rows:int, gpu:Gpu=Gpu(), restored:float=1.)->dict: # of `rows` answers together
     "Seconds of a batch of answers by phase; `restored`: share that restores, `steps`: grid points"
     speed, before = gpu.reach*gpu.matrix, t.vit + t.question
