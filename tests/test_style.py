@@ -45,6 +45,7 @@ MAY_IMPORT = {
     'report': ['paper', 'core'],
     'pipeline': ['core'],
     'watch': ['report', 'train', 'data', 'reward', 'generate'],
+    'scale': {'images', 'model', 'paper'},
 }
 
 
