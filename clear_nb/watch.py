@@ -146,7 +146,8 @@ def _ends(ax, held:list, field:str, label:str)->None: # held: per seed
         e = change([h], field)
         pair = [e['before'], e['after']]
         ax.errorbar(np.arange(2) + .05*n, [p.mean for p in pair], [[p.mean - p.low for p in pair], [p.high - p.mean for p in pair]], marker='o', capsize=2)
-    ax.set(xticks=[0, 1], xticklabels=['before', 'after'], title=f'{label}, held out, hard', xlim=(-.3, 1.4))
+    ax.set(xticks=[0, 1], xticklabels=['before', 'after'], xlim=(-.3, 1.4))
+    ax.set_title(f'{label}, held out, hard', fontsize=9)
 
 def plot_seeds(records:list, # of 03_grpo, one per seed, all with 'held_out'
                window:int=10)->plt.Figure:
