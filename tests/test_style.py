@@ -38,6 +38,7 @@ MAY_IMPORT = {
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
     'bench': ['bench_files', 'scoring', 'adapters', 'report'],
     'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'],
+    'ablations': ['paper', 'sft', 'bridge', 'grpo', 'mmd_bench'],
     'answer': ['generate', 'images', 'data'],
     'explore': ['answer', 'grpo', 'degrade', 'scenes'],
     'perceptual': ['report', 'data'],
