@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'KINDS', 'RECIPES', 'TRAINED_BY', 'NOTEBOOK', 'Case', 'named', 'own_first', 'lambda_cases', 'reward_cases',
-           'step_cases', 'budgets', 'label_cases', 'cases', 'Recipe', 'thin', 'kept', 'weights_key', 'weights',
-           'denoise_seconds', 'record_variant', 'case_signature', 'done', 'run_case', 'run_cases', 'curve',
-           'draw_curve']
+           'step_cases', 'budgets', 'label_cases', 'cases', 'thin', 'kept', 'Recipe', 'training_code', 'weights_key',
+           'weights', 'denoise_seconds', 'record_variant', 'case_signature', 'done', 'run_case', 'run_cases',
+           'ablation_records']
 
 # %% ../nbs/lib/37_ablations.ipynb #9a594fae
 import ast, hashlib, json
@@ -21,7 +21,7 @@ from .bridge import train_bridge
 from .core import PATHS, Clock, Preset, atomic_path, closest, file_hash, load_preset, read_records, stage_folder, write_record
 from .data import Pool, labelled_items, own_restorations, pool
 from .grpo import train_grpo
-from .mmd_bench import CODE, SUBJECTS, Subject, checkpoint, recorded, run_subject, signature
+from .mmd_bench import CODE, SUBJECTS, Subject, checkpoint, run_subject, signature
 from .model import ClearModel
 from .paper import paper_table
 from .sft import make_examples, replay_pool, train_sft
@@ -30,17 +30,12 @@ from .train import accelerator
 # %% ../nbs/lib/37_ablations.ipynb #e0c13fb5
 @dataclass(frozen=True)
 class Case:
-    "One row of an ablation."
+    "One row of an ablation: what is changed, whose weights are asked, and how."
     kind:str # a key of KINDS
     changes:dict # dotted key of the preset to value
+    values:dict # name to value, as the record and the tables have them
     subject:Subject # how it is asked
-    recipe:str = '' # a key of RECIPES, or '' for the finished stage of the subject
-    model:str = '' # tells cases with the same changes apart
-
-    @property
-    def changed(self)->dict: return {'labels' if k == 'data.labelled' else k.split('.')[-1]: v for k, v in self.changes.items()}
-    @property
-    def values(self)->dict: return self.changed | ({'model': self.model} if self.model else {})
+    recipe:str = '' # a key of RECIPES; '': the weights of the subject's stage, nothing is trained
     def preset(self, p:Preset)->Preset: return load_preset(p.name, **{**p.overrides, **self.changes})
 
 def named(values:dict)->str: return '+'.join(f'{k}={v}' for k, v in values.items())
@@ -49,28 +44,30 @@ def named(values:dict)->str: return '+'.join(f'{k}={v}' for k, v in values.items
 _ends = partial(replace, severities=('clean', 'hard'))
 
 def own_first(own, rows, most:int=0)->list: # most: how many are kept; 0: all
-    "Values without repeats."
+    "The preset's own value before those of the paper, none twice, so that a short list always holds the main run."
     return list(dict.fromkeys([own, *rows]))[:most or None]
 
-def _stage3(kind:str, keys:tuple, own:tuple, rows, most:int)->list:
-    return [Case(kind, dict(zip(keys, v)), _ends(SUBJECTS['clear_rl']), '' if v == own else 'rl') for v in own_first(own, rows, most)]
+# %% ../nbs/lib/37_ablations.ipynb #d4e19d40
+def _stage3(kind:str, names:tuple, own:tuple, rows, most:int)->list: # values of `names` in own and in each row
+    return [Case(kind, {f'grpo.{k}': x for k, x in zip(names, v)}, dict(zip(names, v)), _ends(SUBJECTS['clear_rl']), '' if v == own else 'rl')
+            for v in own_first(own, rows, most)]
 
 def lambda_cases(p:Preset, most:int=0)->list:
-    "Weight of the flow loss (paper Table 12)."
-    return _stage3('lambda', ('grpo.lambda_flow',), (p.grpo.lambda_flow,), [(float(v),) for v in paper_table(12)['lambda']], most)
+    "Cases for the weight of the flow loss (paper Table 12)."
+    return _stage3('lambda', ('lambda_flow',), (p.grpo.lambda_flow,), [(float(v),) for v in paper_table(12)['lambda']], most)
 
 def reward_cases(p:Preset, most:int=0)->list:
-    "Weights of the reward (paper Table 13)."
-    names, g = ('w_acc', 'w_fmt', 'w_dec'), p.grpo
+    "Cases for the weights of the reward (paper Table 13)."
+    names = 'w_acc', 'w_fmt', 'w_dec'
     rows = paper_table(13)[list(names)].astype(float).itertuples(index=False, name=None)
-    return _stage3('reward', tuple(f'grpo.{n}' for n in names), (g.w_acc, g.w_fmt, g.w_dec), rows, most)
+    return _stage3('reward', names, tuple(getattr(p.grpo, k) for k in names), rows, most)
 
 # %% ../nbs/lib/37_ablations.ipynb #53650826
 def step_cases(p:Preset, most:int=0)->list:
-    "Steps of the ODE (paper Table 14)."
+    "Cases for the number of steps of the ODE (paper Table 14)."
     own, paper = p.eval.denoise_steps, [int(n) for n in paper_table(14).steps]
     rows = paper if own in paper else sorted({2, 3, 5, 8, 16, own, 30})
-    return [Case('steps', {'eval.denoise_steps': n}, _ends(SUBJECTS['clear_rl'])) for n in own_first(own, rows, most)]
+    return [Case('steps', {'eval.denoise_steps': n}, dict(denoise_steps=n), _ends(SUBJECTS['clear_rl'])) for n in own_first(own, rows, most)]
 
 # %% ../nbs/lib/37_ablations.ipynb #0a8005cb
 SHARES = (1/96, 1/32, 5/48, 5/16, 1, 5/2) # of the preset's labelled questions
@@ -81,40 +78,37 @@ def budgets(p:Preset, text:str='')->list: # text: numbers with commas between; '
     if not all(n.strip().isdigit() and int(n) for n in text.split(',')): raise ValueError(f'labels {text!r}: use numbers with commas between, for example 100,1000')
     return [int(n) for n in text.split(',')]
 
-def label_cases(p:Preset, most:int=0, text:str='')->list:
-    "Stages 1 and 2 with few and with many labelled questions."
+# %% ../nbs/lib/37_ablations.ipynb #18cb557c
+def _compared()->dict: # name to recipe and subject
     bridge = _ends(SUBJECTS['clear_bridge'])
-    asked = dict(clear=('clear', bridge), always=('clear', replace(bridge, name='always', policy='always')), matched=('matched', _ends(SUBJECTS['matched'])))
-    return [Case('labels', {'data.labelled': n}, s, r, m) for n in budgets(p, text)[:most or None] for m, (r, s) in asked.items()]
+    return dict(clear=('clear', bridge), always=('clear', replace(bridge, name='always', policy='always')), matched=('matched', _ends(SUBJECTS['matched'])))
+
+def label_cases(p:Preset, most:int=0, text:str='')->list: # most: budgets, 0 for all; text: as in `budgets`
+    "Cases for the number of labelled degraded questions of stages 1 and 2: CLEAR, CLEAR that always restores, and the control."
+    return [Case('labels', {'data.labelled': n}, dict(labels=n, model=m), subject, recipe)
+            for n in budgets(p, text)[:most or None] for m, (recipe, subject) in _compared().items()]
 
 # %% ../nbs/lib/37_ablations.ipynb #b75a40e9
-KINDS = dict(reward=reward_cases, steps=step_cases, labels=label_cases) | {'lambda': lambda_cases}
+KINDS = {'lambda': lambda_cases, 'reward': reward_cases, 'steps': step_cases, 'labels': label_cases}
 
-def cases(p:Preset, what:str='all', # kinds with commas between, or 'all'
-          most:int=0, # values of each kind; 0: all
-          labels:str='', # budgets, as in `budgets`
-         )->list: # Cases
-    "Rows of the chosen ablations; ValueError for a kind that does not exist."
-    wanted = ['lambda', 'reward', 'steps', 'labels'] if what == 'all' else [w.strip() for w in what.split(',')]
+def cases(p:Preset, what:str='all', most:int=0, # kinds with commas between, or 'all'; values of each kind, 0: all
+          labels:str='')->list: # budgets, as in `budgets`
+    "Cases of the chosen ablations; ValueError for a kind that does not exist."
+    wanted = list(KINDS) if what == 'all' else [w.strip() for w in what.split(',')]
     for w in wanted:
         if w not in KINDS: raise ValueError(f'unknown ablation {w!r}: {closest(w, KINDS)}')
     return [c for w in wanted for c in KINDS[w](p, most, *([labels] if w == 'labels' else []))]
 
 # %% ../nbs/lib/37_ablations.ipynb #44128a47
-class Recipe(NamedTuple):
-    "How weights are made."
-    start:str # stage whose weights are loaded
-    sections:tuple # of the preset, that it reads
-    train:Callable # (model, preset, seed, acc, folder) -> model, history
-
-def _state(folder:Path)->Path: return folder.with_name(f'{folder.name}_state.pt')
-
 def thin(history:list, most:int=50)->list: # every k-th entry
+    "A history short enough for a record."
     return history[::-(-len(history)//most)] if history else []
 
-def kept(folder:Path, train:Callable # () -> model, history by stage
-        )->dict: # history, thinned
-    "Train unless the folder is there."
+def _state(folder:Path)->Path: return folder.with_name(f'{folder.name}_state.pt') # where a training goes on after a kill
+
+# %% ../nbs/lib/37_ablations.ipynb #7f5a3ba4
+def kept(folder:Path, train:Callable)->dict: # train: () -> model, history by stage; returns the history, thinned
+    "Train and store weights with their history, or read the history where the folder is there already."
     log = folder.with_name(f'{folder.name}_history.json')
     if not folder.is_dir():
         model, history = train()
@@ -123,7 +117,7 @@ def kept(folder:Path, train:Callable # () -> model, history by stage
     return json.loads(log.read_text())
 
 # %% ../nbs/lib/37_ablations.ipynb #631cc7e1
-def _rl(model:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
+def _rl(model:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple: # trained model, history by stage; the same for all recipes
     labelled = pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
     return model, dict(grpo=train_grpo(model, labelled, p, seed, acc=acc, state=_state(folder)))
 
@@ -139,56 +133,70 @@ def _own(model:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc
     with acc.autocast(): return own_restorations(model, labelled, images, p.eval.denoise_steps, p.eval.shift, seed=seed)
 
 # %% ../nbs/lib/37_ablations.ipynb #6dd70c6e
+def _stage1(base:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc, folder:Path)->tuple:
+    own = _own(base, labelled, examples, p, seed, acc)
+    return base, dict(sft=train_sft(base, labelled, examples, p, seed, 'clear', own, replay_pool(base, p), acc=acc, state=_state(folder)))
+
 def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
     labelled, examples = _examples(base, p, seed, acc)
-    again, early = replay_pool(base, p), folder.with_name(f'{folder.name}_sft')
-    def stage1():
-        own = _own(base, labelled, examples, p, seed, acc)
-        return base, dict(sft=train_sft(base, labelled, examples, p, seed, 'clear', own, again, acc=acc, state=_state(early)))
-    history = kept(early, stage1)
+    early = folder.with_name(f'{folder.name}_sft')
+    history = kept(early, lambda: _stage1(base, labelled, examples, p, seed, acc, early))
     model = ClearModel.from_pretrained(early, acc.device)
     own = _own(model, labelled, examples, p, seed, acc)
-    return model, history | dict(bridge=train_bridge(model, labelled, examples, p, own, seed, again, acc=acc, state=_state(folder)))
+    return model, history | dict(bridge=train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc=acc, state=_state(folder)))
 
+# %% ../nbs/lib/37_ablations.ipynb #28d31f11
 def _matched(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
     labelled, examples = _examples(base, p, seed, acc)
     both = replace(p, sft=replace(p.sft, steps=p.sft.steps+p.bridge.steps))
     return base, dict(matched=train_sft(base, labelled, examples, both, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder)))
 
-_early = ('model', 'data', 'base', 'sft', 'bridge')
+# %% ../nbs/lib/37_ablations.ipynb #94b693ed
+class Recipe(NamedTuple):
+    "How the weights of a case are made."
+    start:str # stage whose weights are loaded
+    sections:tuple # of the preset, that it reads
+    train:Callable # (model, preset, seed, accelerator, folder) -> model, history by stage
+
+_early = 'model', 'data', 'base', 'sft', 'bridge'
 RECIPES = dict(rl=Recipe('bridge', ('model', 'data', 'grpo'), _rl), clear=Recipe('base', _early, _clear), matched=Recipe('base', _early, _matched))
 
 # %% ../nbs/lib/37_ablations.ipynb #d6158f30
 TRAINED_BY = tuple(m for m in CODE if m not in ('bench_files', 'scoring', 'mmd_bench')) + ('train', 'base', 'sft', 'bridge', 'grpo')
 
+def _parsed(module:str)->ast.Module: return ast.parse((PATHS.package/f'{module}.py').read_text())
+
+def training_code()->list:
+    "What trains, without comments: whole modules, and the recipes of this one."
+    own = [n for n in _parsed('ablations').body if getattr(n, 'name', '') in ('_rl', '_examples', '_own', '_stage1', '_clear', '_matched')]
+    return [ast.unparse(n) for n in [*map(_parsed, TRAINED_BY), *own]]
+
+# %% ../nbs/lib/37_ablations.ipynb #8941dcb0
 def _hash(*parts)->str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 def _start(p:Preset, seed:int, stage:str)->str:
     path = checkpoint(p, seed, stage)
     return file_hash(path) if path else 'fresh'
 
-def weights_key(case:Case, p:Preset, # p: of the case
-                seed:int)->str:
+def weights_key(case:Case, p:Preset, seed:int)->str: # p: that of the case
     "Hash of everything that decides a case's weights."
     if not case.recipe: return _hash(_start(p, seed, case.subject.stage))
     recipe, values = RECIPES[case.recipe], asdict(p)
-    code = [ast.unparse(ast.parse((PATHS.package/f'{m}.py').read_text())) for m in TRAINED_BY]
     own = [p.eval.denoise_steps, p.eval.shift] if case.recipe == 'clear' else []
-    return _hash(case.recipe, seed, _start(p, seed, recipe.start), code, {s: values[s] for s in recipe.sections}, own)
+    return _hash(case.recipe, seed, _start(p, seed, recipe.start), training_code(), {s: values[s] for s in recipe.sections}, own)
 
 # %% ../nbs/lib/37_ablations.ipynb #c78359f7
 def weights(case:Case, p:Preset, seed:int, load:Callable, acc)->tuple: # model, its folder or None for fresh ones, history by stage
     "The weights of a case, trained where they are not there yet."
     if not case.recipe: return load(p, seed, case.subject.stage), checkpoint(p, seed, case.subject.stage), {}
-    recipe, name = RECIPES[case.recipe], f'{case.recipe}-{named(case.changed)}-{weights_key(case, p, seed)[:8]}'
+    recipe, name = RECIPES[case.recipe], f'{case.recipe}-{named(case.changes)}-{weights_key(case, p, seed)[:8]}'
     folder = stage_folder(p.name, seed, 'ablations')/name
     history = kept(folder, lambda: recipe.train(load(p, seed, recipe.start), p, seed, acc, folder))
     return ClearModel.from_pretrained(folder, acc.device), folder, history
 
 # %% ../nbs/lib/37_ablations.ipynb #6a65b549
-def denoise_seconds(model:ClearModel, p:Preset, n:int=16 # pictures in the batch
-                   )->float: # per picture
-    "Shortest of two."
+def denoise_seconds(model:ClearModel, p:Preset, n:int=16)->float: # n: pictures in the batch; returns seconds per picture
+    "Time of a restoration; the shorter of two measurements, since other work on the machine only adds."
     batch, clocks = pool(model, labelled_items(0, n, 1, 'rl')), []
     for _ in range(2):
         with Clock() as clock: own_restorations(model, batch, range(n), p.eval.denoise_steps, p.eval.shift, 1, progress=False)
@@ -198,55 +206,42 @@ def denoise_seconds(model:ClearModel, p:Preset, n:int=16 # pictures in the batch
 # %% ../nbs/lib/37_ablations.ipynb #efd61a73
 NOTEBOOK = '06_ablations'
 
-def record_variant(case:Case, p:Preset)->str: # p: that the case changes
-    "Values of the case, then what was changed by hand."
+def record_variant(case:Case, p:Preset)->str: # p: the preset before the case changes it
+    "Name of the case's record: its values, then what was changed by hand."
     return named({**case.values, **p.overrides})
 
-def case_signature(case:Case, p:Preset, seed:int)->str: # p: of the case
+def case_signature(case:Case, p:Preset, seed:int)->str: # p: that of the case
     "Hash of everything that decides a record."
     return _hash(case.kind, case.values, weights_key(case, p, seed), signature(case.subject, p, seed, None))
 
-def done(case:Case, p:Preset, seed:int, root:Path|None=None)->bool: # p: that the case changes
-    "Is there a valid record?"
+# %% ../nbs/lib/37_ablations.ipynb #022d5bd2
+def done(case:Case, p:Preset, seed:int, root:Path|None=None)->bool: # p: the preset before the case changes it; root: of the records
+    "Is there a record that was made from the same weights, code and numbers?"
     old = [r for r in read_records(p.name, NOTEBOOK, record_variant(case, p), root) if r['seed'] == seed]
     return bool(old) and old[0]['metrics']['signature'] == case_signature(case, case.preset(p), seed)
 
-# %% ../nbs/lib/37_ablations.ipynb #129e6488
+# %% ../nbs/lib/37_ablations.ipynb #8e88f5c0
 def run_case(case:Case, preset:Preset, seed:int, load:Callable=load_stage, acc=None, progress:bool=True,
-             root:Path|None=None, # of the records; the preset's when not given
-             folder=None, # of the benchmarks; runs/<preset>/cache when not given
-             memo:dict|None=None)->Path: # of the record
+             root:Path|None=None, folder=None, memo:dict|None=None)->Path: # root, folder, memo: as in `mmd_bench.evaluate_all`; returns the record
     "Train where needed, ask, write the record."
     acc, p, clock = acc or accelerator(), case.preset(preset), Clock()
     model, path, history = weights(case, p, seed, load, acc)
     with Clock() as asking: metrics = run_subject(model, case.subject, p, seed, folder or PATHS.runs/p.name/'cache', acc=acc, progress=progress, memo=memo)
-    extra = dict(denoise_seconds=denoise_seconds(model, p)) if case.kind == 'steps' else {}
-    metrics |= dict(kind=case.kind, values=case.values, seconds=asking.seconds, history=history, signature=case_signature(case, p, seed), **extra)
+    if case.kind == 'steps': metrics['denoise_seconds'] = denoise_seconds(model, p)
+    metrics |= dict(kind=case.kind, values=case.values, seconds=asking.seconds, history=history, signature=case_signature(case, p, seed))
     return write_record(NOTEBOOK, metrics, p, seed, record_variant(case, preset), dict(checkpoint=path) if path else {}, clock.seconds, root)
 
+# %% ../nbs/lib/37_ablations.ipynb #129e6488
 def run_cases(todo:list, preset:Preset, seed:int, acc=None, root:Path|None=None, **kw)->list: # kw: of `run_case`; the records written
     "Run what has no valid record; says what is left out."
     acc, memo, written = acc or accelerator(), {}, []
     for k, case in enumerate(todo, 1):
-        name = f'[{k}/{len(todo)}] {case.kind}, {named(case.values)}'
-        if done(case, preset, seed, root): print(f'{name}: up to date'); continue
-        print(name, flush=True)
-        written.append(run_case(case, preset, seed, acc=acc, root=root, memo=memo, **kw))
+        old = done(case, preset, seed, root)
+        print(f'[{k}/{len(todo)}] {case.kind}, {named(case.values)}{": up to date" if old else ""}', flush=True)
+        if not old: written.append(run_case(case, preset, seed, acc=acc, root=root, memo=memo, **kw))
     return written
 
 # %% ../nbs/lib/37_ablations.ipynb #815c39a7
-def curve(records:list, kind:str, key:str, # key: of `values`
-          severity:str='hard', model:str|None=None)->dict: # value to outcomes in percent, one array per benchmark
-    "Outcomes along a value, ascending."
-    found = {}
-    for r in (r['metrics'] for r in records):
-        if r['kind'] == kind and r['values'].get('model') == model: found.setdefault(r['values'][key], []).append(r)
-    group = lambda rs: recorded([dict(metrics=r) for r in rs], rs[0]['subject']['name'])
-    return {v: [x for (_, s), x in group(found[v]).items() if s == severity] for v in sorted(found)}
-
-def draw_curve(ax, points:dict, label:str, # value to an estimate with mean, low and high
-              )->None:
-    "Line with intervals; nothing without points."
-    if not points: return
-    mean, low, high = zip(*((e.mean, e.low, e.high) for e in points.values()))
-    ax.errorbar(list(points), mean, [[m-l for m, l in zip(mean, low)], [h-m for m, h in zip(mean, high)]], marker='o', markersize=3, linewidth=1, capsize=2, label=label)
+def ablation_records(preset:str, root:Path|None=None)->list: # root: folder of the records; the preset's when not given
+    "Records of the ablations without those that carry values changed by hand."
+    return [r for r in read_records(preset, NOTEBOOK, root=root) if r['variant'] == named(r['metrics']['values'])]
