@@ -12,7 +12,7 @@ __all__ = ['SHARES', 'KINDS', 'RECIPES', 'TRAINED_BY', 'NOTEBOOK', 'Case', 'name
 import ast, hashlib, json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -163,13 +163,16 @@ RECIPES = dict(rl=Recipe('bridge', ('model', 'data', 'grpo'), _rl), clear=Recipe
 
 # %% ../nbs/lib/37_ablations.ipynb #d6158f30
 TRAINED_BY = tuple(m for m in CODE if m not in ('bench_files', 'scoring', 'mmd_bench')) + ('train', 'base', 'sft', 'bridge', 'grpo')
+_RECIPES = '_rl', '_examples', '_own', '_stage1', '_clear', '_matched' # of this module
 
-def _parsed(module:str)->ast.Module: return ast.parse((PATHS.package/f'{module}.py').read_text())
+@lru_cache(64)
+def _plain(source:str, names:tuple=())->str: # the whole source, or only the functions of these names
+    return '\n'.join(ast.unparse(n) for n in ast.parse(source).body if not names or getattr(n, 'name', '') in names)
 
 def training_code()->list:
     "What trains, without comments: whole modules, and the recipes of this one."
-    own = [n for n in _parsed('ablations').body if getattr(n, 'name', '') in ('_rl', '_examples', '_own', '_stage1', '_clear', '_matched')]
-    return [ast.unparse(n) for n in [*map(_parsed, TRAINED_BY), *own]]
+    read = lambda m: (PATHS.package/f'{m}.py').read_text()
+    return [*(_plain(read(m)) for m in TRAINED_BY), _plain(read('ablations'), _RECIPES)]
 
 # %% ../nbs/lib/37_ablations.ipynb #8941dcb0
 def _hash(*parts)->str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
