@@ -128,6 +128,7 @@ class Bridge:
 class Grpo:
     "Stage 3 (§3.4, App. A)."
     steps:int; prompts:int; lr:float; max_new_tokens:int # updates, questions per update, …, tokens per answer
+    warmup:int = 0 # updates until the learning rate is reached
     group:int = 4 # G, trajectories per question
     epsilon:float = 0.2; beta:float = 0. # clip range (eq. 8, 17), weight of the KL to the reference (eq. 9)
     lambda_flow:float = 0.3 # λ

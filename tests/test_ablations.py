@@ -1,4 +1,5 @@
 """Ablations at preset smoke: what makes a case, what is trained, what is skipped, what a kill leaves."""
+import copy
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -20,9 +22,13 @@ TODO = [*ab.cases(SMOKE, most=1), ab.lambda_cases(SMOKE, 2)[1]] # one of each ki
 NAMES = ['lambda_flow=0.3', 'w_acc=0.75+w_fmt=0.1+w_dec=0.15', 'denoise_steps=2', *(f'labels=2+model={m}' for m in ('clear', 'always', 'matched')), 'lambda_flow=0.0']
 
 
+@lru_cache
+def fresh(): return new_model(SMOKE, 0, 50)
+
+
 def load(preset, seed, stage):
     """Fresh weights, whatever a run has left behind."""
-    return new_model(preset, seed, 50)
+    return copy.deepcopy(fresh())
 
 
 def nothing(*args, **kw): raise AssertionError('this should have been kept')
