@@ -21,9 +21,9 @@ from papermill.exceptions import PapermillExecutionError
 from .core import PATHS, ROOT, STAGE_MADE_BY, STAGE_PARAMETERS, atomic_path, closest, file_hash, load_preset, record_name, results_dir, stage_folder
 
 # %% ../nbs/lib/42_pipeline.ipynb #2ac7adbb
-STAGES = ['00_base', '01_sft', '02_bridge', '03_grpo', '04_mmd_bench', '05_perceptual', '06_ablations', '07_tables', '08_figures']
+STAGES = ['00_base', '01_sft', '02_bridge', '03_grpo', '04_mmd_bench', '05_gallery', '05_perceptual', '06_ablations', '07_tables', '08_figures']
 SUMMARY = {'07_tables', '08_figures'} # run once, after the last seed
-FULL = {'06_ablations': dict(most=0)} # only in the full chain, for its first seed, with these values
+FULL = {'05_gallery': {}, '06_ablations': dict(most=0)} # only in the full chain, for its first seed, with these values
 SEEDS = range(5) # of the full chain
 NBS = ROOT/'nbs'
 

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     'perceptual': ['report', 'data'],
     'report': ['paper', 'core'],
     'pipeline': ['core'],
+    'gallery': ['mmd_bench', 'watch'],
     'watch': ['report', 'train', 'data', 'reward', 'generate'],
 }
 
