@@ -188,7 +188,7 @@ def steps(start:str='sft', # 'base' or 'sft'
           seeds=(0,), # one run of the training stages each
           full:bool=False # other parameters and ablations too
          )->list[tuple[str, int|None, dict]]: # notebook, seed and parameters, in order
-    "The chain of notebooks."
+    "The notebooks of the chain in the order in which they run, each with its seed and its parameters."
     stages = [s for s in (STAGES if start == 'base' else STAGES[1:]) if full or s not in FULL]
     extra = {STAGE_MADE_BY[n]: values for n, values in STAGE_PARAMETERS.items()} if full else {}
     def of_stage(s, k): return [] if s in FULL and k != seeds[0] else [(s, k, FULL.get(s, {})), *([(s, k, extra[s])] if s in extra else [])]
@@ -196,7 +196,7 @@ def steps(start:str='sft', # 'base' or 'sft'
     return per_seed+[(s, None, {}) for s in stages if s in SUMMARY]
 
 # %% ../nbs/lib/42_pipeline.ipynb #c61f0d22
-def _run_seed(seed:int, arguments:list, preset:str)->None:
+def _run_seed(seed:int, arguments:list, preset:str)->None: # in a process of its own
     log = PATHS.runs/preset/f'seed{seed}'/'pipeline.log'
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f'seed {seed}: see {log}', flush=True)
@@ -204,6 +204,7 @@ def _run_seed(seed:int, arguments:list, preset:str)->None:
                                                    cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
     if done.returncode: raise NotebookFailed(f'seed {seed} failed:\n'+'\n'.join(log.read_text().splitlines()[-5:])+f'\noutput: {log}')
 
+# %% ../nbs/lib/42_pipeline.ipynb #2c6c8a24
 def run_seeds(preset:str, start:str, seeds, force:bool, full:bool, jobs:int)->None: # jobs: processes
     "Everything but the summaries, seeds side by side; NotebookFailed naming the first seed that failed."
     arguments = ['--preset', preset, '--from', start, *(['--force'] if force else []), *(['--all'] if full else []), '--seed', *map(str, seeds)]
@@ -214,7 +215,7 @@ def run_seeds(preset:str, start:str, seeds, force:bool, full:bool, jobs:int)->No
 
 # %% ../nbs/lib/42_pipeline.ipynb #daea79e8
 def run_steps(todo:list, preset:str, force:bool=False)->None: # todo: of `steps`
-    "One after the other; stops at the first notebook that fails."
+    "Run notebooks one after the other, naming each; NotebookFailed at the first that fails, and the rest does not start."
     for i, (notebook, seed, params) in enumerate(todo, 1):
         about = ', '.join([notebook, *([] if seed is None else [f'seed {seed}']), *(f'{k} {v}' for k, v in params.items())])
         print(f'[{i}/{len(todo)}] {about}, preset {preset}', flush=True)
@@ -222,13 +223,13 @@ def run_steps(todo:list, preset:str, force:bool=False)->None: # todo: of `steps`
 
 def run_all(preset:str, start:str='sft', seeds=(0,), force:bool=False, full:bool=False,
             jobs:int=1)->None: # seeds side by side
-    "Run the chain; the summaries follow when all seeds are finished."
+    "Run the chain: every seed, then the summaries, which read the records of all, then the README, which quotes them."
     todo, _ = steps(start, seeds, full), load_preset(preset)
     if jobs > 1 and len(seeds) > 1:
         run_seeds(preset, start, seeds, force, full, jobs)
         todo = [s for s in todo if s[1] is None]
     run_steps(todo, preset, force)
-    write_readme() # it quotes what was found
+    write_readme()
 
 # %% ../nbs/lib/42_pipeline.ipynb #f803f6ca
 def _link(match)->str: # one markdown link, relative to nbs/, made relative to the root
@@ -246,12 +247,12 @@ def _cell_text(cell)->str:
 
 # %% ../nbs/lib/42_pipeline.ipynb #42d52fe0
 def readme_text(index:Path=NBS/'index.ipynb')->str:
-    "README.md as the index notebook has it."
+    "Text of README.md: the index notebook with links from the root and quoted files filled in."
     head = '<!-- Written from nbs/index.ipynb by `python -m clear_nb.pipeline --readme`; edit the notebook. -->'
     return '\n\n'.join([head, *filter(None, map(_cell_text, nbformat.read(index, 4).cells))])+'\n'
 
 def write_readme(path:Path=None)->Path: # path: that of the repository when not given
-    "Write README.md."
+    "Bring README.md up to date with the index notebook and the newest findings."
     path = path or ROOT/'README.md'
     with atomic_path(path) as tmp: tmp.write_text(readme_text())
     return path
