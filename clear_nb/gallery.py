@@ -85,16 +85,16 @@ def gallery(load:Callable, p:Preset, seed:int, folder, scan:int, acc=None)->dict
 # %% ../nbs/lib/46_gallery.ipynb #1e6ff6c4
 def words(e:dict)->str: # e: of `entry`
     "Question, answers and thoughts as lines."
-    one = lambda text, most=None: textwrap.shorten(' '.join(text.split()), most) if most else textwrap.fill(' '.join(text.split()), 84)
+    one = lambda text: textwrap.fill(textwrap.shorten(' '.join(text.split()), 250), 84)
     answers = f"right: {e['right']}; CLEAR: {e['said']['clear'] or 'no answer'}; base model: {e['said']['base'] or 'no answer'}; without restoring: {e['said']['never'] or 'no answer'}"
-    return '\n'.join([one(e['question'], 160), one(answers, 160), *map(one, e['texts'])])
+    return '\n'.join(map(one, [e['question'], answers, *e['texts']]))
 
 def _line(axes, title:str, e:dict|None, scanned:int)->None: # four axes of one family
     for ax in axes: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     if e is None: return axes[3].text(0, .5, f'{title}: no such question among the first {scanned}', fontsize=6)
     for ax, (name, text) in zip(axes[:3], e['pictures'].items()): ax.imshow(text_picture(text), interpolation='nearest'); ax.set_title(name, fontsize=6)
     axes[0].set_ylabel(f"{title}\n{e['corruption'].replace('_', ' ')}", fontsize=6)
-    axes[3].text(0, 1, words(e), fontsize=5.5, va='top')
+    axes[3].text(0, 1, words(e), fontsize=5.5, va='top', parse_math=False)
 
 # %% ../nbs/lib/46_gallery.ipynb #96fa6cdf
 def page(metrics:dict, rule:str)->plt.Figure: # metrics: of `gallery`; rule: a key of its rules

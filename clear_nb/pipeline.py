@@ -199,7 +199,7 @@ def steps(start:str='sft', # 'base' or 'sft'
 def _run_seed(seed:int, arguments:list, preset:str)->None: # in a process of its own
     log = PATHS.runs/preset/f'seed{seed}'/'pipeline.log'
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f'seed {seed}: see {log}', flush=True)
+    print(f'seed {seed}: see {os.path.relpath(log, ROOT)}', flush=True)
     with log.open('w') as f: done = subprocess.run([sys.executable, '-m', 'clear_nb.pipeline', *arguments, '--one', str(seed)], stdout=f, stderr=subprocess.STDOUT,
                                                    cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
     if done.returncode: raise NotebookFailed(f'seed {seed} failed:\n'+'\n'.join(log.read_text().splitlines()[-5:])+f'\noutput: {log}')

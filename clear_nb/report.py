@@ -397,7 +397,10 @@ def _curve(ax, table:pd.DataFrame, columns:Mapping, title:str, **how)->None: # c
         style = dict(color='grey', linestyle='--') if 'paper' in column else dict(color=COLOURS[k], marker=MARKERS[k])
         if len(x): ax.errorbar(x, y, np.nan_to_num([y-low, high-y]), label=label, markersize=4, linewidth=1, capsize=2, **style)
     if not any('paper' not in c and len(_points(table, c)[0]) for c in columns.values()): ax.text(.5, .5, 'unknown', ha='center', transform=ax.transAxes)
-    ax.set_title(title, fontsize=8); ax.tick_params(labelsize=7); ax.set(**how)
+    ax.set_title(title, fontsize=8); ax.set(**how); ax.tick_params(labelsize=7)
+    if how.get('xscale') == 'log':
+        ticks = sorted({x for c in columns.values() for x in _points(table, c)[0]})
+        ax.set_xticks(ticks, [f'{x:g}' for x in ticks]); ax.minorticks_off()
 
 # %% ../nbs/lib/40_report.ipynb #79defa57
 def figure_sweeps(weight:pd.DataFrame, steps:pd.DataFrame, # `table_sweep` of 'lambda' and of 'steps'
