@@ -46,6 +46,7 @@ MAY_IMPORT = {
     'pipeline': ['core'],
     'gallery': ['mmd_bench', 'watch'],
     'watch': ['report', 'train', 'data', 'reward', 'generate'],
+    'scale': {'images', 'model', 'paper'},
 }
 
 
