@@ -1,8 +1,8 @@
-# Two commands do everything, environment included: `make reproduce` and `make test`.
+# These do everything, environment included: `make reproduce`, `make reproduce-all` and `make test`.
 PYTHON ?= python3
 PRESET ?= tiny
 FROM ?= sft
-SEEDS ?= 0
+SEEDS ?=
 FORCE ?=
 JOBS ?= 2
 ARGS ?=
@@ -11,18 +11,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce figures test audit env
+.PHONY: help reproduce reproduce-all figures test audit env
 .DEFAULT_GOAL := help
 
 help: ## show this text
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'variables   PRESET=tiny|smoke|…  FROM=sft|base  SEEDS="0 1 2"  FORCE=1  PYTHON=python3.12'
 	@echo 'examples    make reproduce FROM=base SEEDS="0 1 2"'
 	@echo '            make test ARGS="tests/test_core.py -k preset"'
 
 reproduce: $(READY) ## train stages 1 to 3, evaluate, write tables and figures (finished steps are skipped)
-	$(BIN)/python -m clear_nb.pipeline --preset $(PRESET) --from $(FROM) --seed $(SEEDS) $(if $(FORCE),--force)
+	$(BIN)/python -m clear_nb.pipeline --preset $(PRESET) --from $(FROM) $(if $(SEEDS),--seed $(SEEDS)) $(if $(FORCE),--force)
+
+reproduce-all: $(READY) ## every seed, stage and ablation, JOBS seeds side by side; hours, go on at any time
+	$(BIN)/python -m clear_nb.pipeline --preset $(PRESET) --from $(FROM) $(if $(SEEDS),--seed $(SEEDS)) $(if $(FORCE),--force) --all --jobs $(JOBS)
 
 figures: export MPLBACKEND = agg
 figures: $(READY) ## redraw every table and figure, and the README, from the committed records

@@ -14,7 +14,7 @@ from clear_nb.core import PATHS, ROOT
 from clear_nb.pipeline import NotebookFailed, main, modules, run, run_all, stale_exports, stamp, steps, up_to_date
 from nbformat.v4 import new_code_cell, new_notebook
 
-CHAIN = list(pipeline.STAGES)
+CHAIN = steps('base', full=True)
 HEAD = "preset:str = 'smoke' # numbers\nseed:int = 0 # run\nsteps:int = 2 # updates"
 
 
@@ -194,10 +194,52 @@ def test_modules_follow_imports():
 
 @pytest.mark.parametrize('start, seeds', [('sft', [0]), ('base', [0, 1])])
 def test_order(start, seeds):
-    """Training notebooks once per seed, in order; summaries once, at the end."""
+    """Training notebooks once per seed, in order; summaries once, at the end; no ablations."""
     got = steps(start, seeds)
-    train = [s for s in pipeline.STAGES[start == 'sft':] if s not in pipeline.SUMMARY]
-    assert got == [(s, k) for k in seeds for s in train]+[('07_tables', None), ('08_figures', None)]
+    train = [s for s in pipeline.STAGES[start == 'sft':] if s not in pipeline.SUMMARY and s not in pipeline.FULL]
+    assert got == [(s, k, {}) for k in seeds for s in train]+[('07_tables', None, {}), ('08_figures', None, {})]
+
+
+def test_full_order():
+    """Variants follow their notebook and come before the evaluation; ablations only for the first seed, with all rows."""
+    got = steps('sft', [3, 4], full=True)
+    dec = dict(mode='reencode', variant='dec')
+    first = [('01_sft', {}), ('02_bridge', {}), ('03_grpo', {}), ('03_grpo', dec), ('04_mmd_bench', {}), ('05_gallery', {}), ('05_perceptual', {}), ('06_ablations', dict(most=0))]
+    assert got == [(s, 3, p) for s, p in first]+[(s, 4, p) for s, p in first if s not in pipeline.FULL]+[('07_tables', None, {}), ('08_figures', None, {})]
+
+
+def test_every_step_can_run():
+    """Each notebook of the full chain knows the parameters that the chain passes."""
+    for name, seed, params in steps('base', [0], full=True):
+        pipeline.check_parameters(pipeline.notebook_path(name), [*params, 'preset', *([] if seed is None else ['seed'])])
+
+
+def test_products_of_variants(house, monkeypatch):
+    """A variant owns its folder and its record, the plain run the others."""
+    results, seed0 = house/'results', house/'runs'/'tiny'/'seed0'
+    monkeypatch.setattr(pipeline, 'results_dir', lambda preset: results)
+    for p in (seed0/'grpo', seed0/'grpo-dec', results): p.mkdir(parents=True)
+    for v in ('', '-dec', '-lambda_flow=0.1'): (results/f'03_grpo{v}-seed0.json').write_text('{}')
+    names = lambda variant: sorted(os.path.basename(p) for p in pipeline._products(seed0/'x.ipynb', '03_grpo', 'tiny', 0, variant))
+    assert names('dec') == ['03_grpo-dec-seed0.json', 'grpo-dec']
+    assert names('') == ['03_grpo-lambda_flow=0.1-seed0.json', '03_grpo-seed0.json', 'grpo']
+
+
+def test_seeds_side_by_side(house, monkeypatch):
+    """Each seed once in a process of its own with one thread; a failure is named, and later seeds do not start."""
+    calls = []
+    def process(command, stdout, env, **kw):
+        calls.append(command); stdout.write('05_perceptual failed in cell 3\n' if command[-1] == '1' else 'fine\n'); stdout.flush()
+        return subprocess.CompletedProcess(command, int(command[-1] == '1'))
+    monkeypatch.setattr(pipeline.subprocess, 'run', process)
+    monkeypatch.setattr(pipeline, 'run_steps', lambda todo, *a: calls.append(todo))
+    monkeypatch.setattr(pipeline, 'write_readme', lambda: None)
+    pipeline.run_all('smoke', seeds=(0, 2), full=True, jobs=2)
+    assert sorted(c[-1] for c in calls[:2]) == ['0', '2'] and all('--all' in c for c in calls[:2])
+    assert [s[0] for s in calls[2]] == ['07_tables']
+    calls.clear()
+    with pytest.raises(NotebookFailed, match='seed 1 failed:\n05_perceptual failed in cell 3'): pipeline.run_seeds('smoke', 'sft', [1, 2, 3, 4, 5, 6, 7, 8], False, False, 1)
+    assert len(calls) < 8
 
 
 def test_command_line(capsys):
@@ -215,12 +257,12 @@ def test_module_runs_as_a_program():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(any(not (ROOT/'nbs'/f'{s}.ipynb').exists() for s in CHAIN), reason='a pipeline notebook is missing')
+@pytest.mark.skipif(any(not (ROOT/'nbs'/f'{s}.ipynb').exists() for s, *_ in CHAIN), reason='a pipeline notebook is missing')
 def test_smoke_chain(tmp_path):
-    """The whole chain at preset smoke in a copy of the tree; a second call has nothing to do."""
+    """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
     for folder in ('nbs', 'clear_nb', 'params'): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     shutil.copy(ROOT/'settings.ini', tmp_path)
-    command = [sys.executable, '-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base']
+    command = [sys.executable, '-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base', '--all', '--seed', '0']
     env = dict(os.environ, PYTHONPATH=str(tmp_path))
     first, second = (subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr[-3000:]

@@ -10,8 +10,8 @@ from clear_nb.core import PATHS, ROOT, load_preset, make_record, rng
 from clear_nb.paper import paper_table
 from clear_nb.pipeline import code
 from clear_nb.report import (ABLATION, LABELS, LEVELS, UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, decision_share, drop_reduction, figure1,
-                             figure5, findings, outcomes, paired_difference, save_figure, save_table, scores_frame, seed_spread, table1, table2,
-                             table3, table6, table8, table9, table11, table15, table_sweep, to_markdown, trigger_rates, trigger_table)
+                             figure5, figure_labels, figure_sweeps, findings, outcomes, paired_difference, save_figure, save_table, scores_frame, seed_spread, table1, table2,
+                             table3, table6, table8, table9, table11, table15, table_labels, table_sweep, to_markdown, trigger_rates, trigger_table)
 
 SEVERITIES = ('clean', 'low', 'mid', 'hard')
 
@@ -232,7 +232,7 @@ def test_no_cell_without_a_record(monkeypatch, tmp_path):
     names = {}
     exec(compile(code(ROOT/'nbs'/'07_tables.ipynb'), '07_tables', 'exec'), names)
     tables = {k: v[0] for k, v in names['tables'].items()}
-    assert {f'table{k}' for k in range(1, 16)}-{'table5'} <= tables.keys() and not (tmp_path/'figures').exists()
+    assert {f'table{k}' for k in range(1, 16)}-{'table5'} | {'labels'} <= tables.keys() and not (tmp_path/'figures').exists()
     found = {k: set(ours(t).to_numpy().ravel())-{'unknown', 'no answer', 'is the reference'} for k, t in tables.items()}
     assert not any(found.values()), found
     assert sum(ours(t).size for t in tables.values()) > 200
@@ -293,6 +293,54 @@ def test_sweep_with_a_gap():
     part = ablation('lambda', dict(lambda_flow=.1), .7)
     del part['metrics']['scores']['clear_rl']['mine']
     assert str(table_sweep('lambda', [part], [], list(SETS), scale='x')['hard (ours, x)'][1]) == 'unknown'
+
+
+def labelled(n, shares, seed=0):
+    """Records of one budget, as `ablations` names subjects and values."""
+    named = dict(clear='clear_bridge', always='always', matched='matched')
+    cells = lambda m, p: {b: {s: dict(correct=bits(p, 100, 'labels', n, m, b, s, seed), item_ids=b) for s in ('clean', 'hard')} for b in SETS}
+    return [make_record('06_ablations', dict(kind='labels', values=dict(labels=n, model=m), scores={named[m]: cells(m, p)}), load_preset('smoke'), seed, f'labels={n}+model={m}') for m, p in shares.items()]
+
+
+def test_label_curve():
+    """One row per budget; means are those of the record's strings; a budget or subject without a record is unknown; other kinds stay out."""
+    few, many = labelled(100, dict(clear=.7, always=.7, matched=.3)), labelled(900, dict(clear=.5, matched=.9))
+    t = table_labels([*many, *few, ablation('steps', dict(denoise_steps=30), .6)], [100, 300], list(SETS), 'x').set_index('labelled questions')
+    assert list(t.index) == [100, 300, 900] and t['generation pays'].tolist() == ['shown', 'unknown', 'contradicted']
+    want = np.mean([c['hard']['correct'].count('1') for c in few[0]['metrics']['scores']['clear_bridge'].values()])
+    assert t['CLEAR, stages 1 and 2, hard (ours, x)'][100].mean == pytest.approx(want)
+    assert (ours(t).loc[300] == 'unknown').all() and str(t['the same, always restores, hard (ours, x)'][900]) == 'unknown' and t['training seeds'].tolist() == ['0', 'none', '0']
+
+
+def test_label_figure():
+    """Points lie at the budgets; without records every panel says unknown."""
+    t = table_labels(labelled(100, dict(clear=.7, always=.7, matched=.3)), [100, 300], list(SETS), 'x')
+    fig = figure_labels(t, 'x')
+    assert [len(ax.containers) for ax in fig.axes] == [3, 3, 2] and fig.axes[0].containers[0].lines[0].get_xdata().tolist() == [100]
+    empty = figure_labels(table_labels([], [100], list(SETS), 'x'), 'x')
+    assert [ax.texts[0].get_text() for ax in empty.axes] == ['unknown']*3
+    plt.close('all')
+
+
+def test_sensitivity_figure(records):
+    """The curve holds the cells of Tables 12 and 14, nothing where there is no record."""
+    timed = ablation('steps', dict(denoise_steps=30), .6)
+    timed['metrics']['denoise_seconds'] = .004
+    make = lambda extra, main: {k: table_sweep(k, extra, main, list(SETS), scale='x') for k in ('lambda', 'steps')}
+    weight, steps = make([timed], records).values()
+    fig = figure_sweeps(weight, steps, 'x')
+    assert steps.set_index('steps')['milliseconds of denoising (ours, x)']['30'] == 4 and fig.axes[2].containers[0].lines[0].get_ydata().tolist() == [4]
+    assert fig.axes[0].containers[0].lines[0].get_ydata() == pytest.approx([weight.set_index('lambda')['hard (ours, x)']['0.3'].mean])
+    assert [ax.texts[0].get_text() for ax in figure_sweeps(*make([], []).values(), 'x').axes] == ['unknown']*3
+    plt.close('all')
+
+
+def test_figures_without_records(monkeypatch, tmp_path):
+    """The figure notebook on a project without records writes nothing."""
+    for name in ('runs', 'results', 'figures'): monkeypatch.setattr(PATHS, name, tmp_path/name)
+    exec(compile(code(ROOT/'nbs'/'08_figures.ipynb'), '08_figures', 'exec'), {})
+    assert not list(tmp_path.iterdir())
+    plt.close('all')
 
 
 def test_drop_reduction():

@@ -39,11 +39,13 @@ MAY_IMPORT = {
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
     'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report'],
     'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'],
+    'ablations': ['paper', 'sft', 'bridge', 'grpo', 'mmd_bench'],
     'answer': ['generate', 'images', 'data'],
     'explore': ['answer', 'grpo', 'degrade', 'scenes'],
     'perceptual': ['report', 'data'],
     'report': ['paper', 'core'],
     'pipeline': ['core'],
+    'gallery': ['mmd_bench', 'watch'],
     'watch': ['report', 'train', 'data', 'reward', 'generate'],
     'scale': {'images', 'model', 'paper'},
 }
