@@ -102,6 +102,7 @@ class Base:
     ema:float = 0. # decay of the averaged weights; 0: the last ones
     more_steps:int = 0; more_lr:float = 0. # a second part with its own schedule, which adds
     later:float = 0. # rows that ask before they show the picture, per row of questions
+    text_steps:int = 0; text:float = 0. # a third part, which adds rows of text alone, per row of questions
 
 # %% ../nbs/lib/00_core.ipynb #eb3fd107
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_records_name_no_environment():
     """A record holds versions and parameters, not the variables, the user or the folders of the machine that wrote it."""
     for p in (p for p in TRACKED if p.suffix == '.json' and 'results' in p.parts):
         text = json.dumps(json.loads(p.read_text()))
-        assert not re.search(r'"environ|"(?:user|home|hostname)"|/home/|/root/|/tmp/', text), p.name
+        assert not re.search(r'"environ|"(?:user|home|hostname)"|/(home|root|tmp)/', text), p.name
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
