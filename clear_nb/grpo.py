@@ -382,5 +382,5 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
     o = Objective.of(cfg, **changes)
     freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
     ref = reference(model) if o.beta else None
-    return fit(model, lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers), cfg.steps, cfg.lr,
+    return fit(model, lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers), cfg.steps, cfg.lr, cfg.warmup,
                acc=acc, state=state, desc='grpo', show=SHOW)
