@@ -11,18 +11,21 @@ from .core import Preset, rng, torch_rng
 from .data import Pool
 from .model import ClearModel, freeze
 from .sft import by_image, sft_loss, stage_rows
-from .train import accelerator, fit
+from .train import accelerator, fit, ready
 
 # %% ../nbs/lib/30_bridge.ipynb #be82f2e4
 def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
                  own:dict, # image -> latents the model restored itself (data.own_restorations)
                  seed:int=0, replayed:Pool=None, # replayed: of `sft.replay_pool`
-                 acc=None, state=None)->list:
+                 acc=None, state=None, done=None, # of `train.fit`
+                )->list:
     "Stage 2 in place; returns the history"
     acc, b, s = acc or accelerator(), preset.bridge, preset.sft
     groups = by_image(examples)
-    freeze(model.to(acc.device), 'vae.', 'vit_model.')
+    run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)
     def loss(step):
         g, t = rng('bridge', seed, step), torch_rng('bridge', seed, step)
-        return sft_loss(model, stage_rows(model, p, groups, replayed, preset, b.batch, g, t, 'both', own, 1., False), s.lambda_mse, 0.)
-    return fit(model, loss, b.steps, b.lr, b.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, desc='bridge')
+        rows = stage_rows(model, p, groups, replayed, preset, b.batch, g, t, 'both', own, 1., False)
+        return run(lambda m: sft_loss(m, rows, s.lambda_mse, 0., acc))
+    return fit(model, loss, b.steps, b.lr, b.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
+               desc='bridge', done=done)

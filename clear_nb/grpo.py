@@ -12,17 +12,18 @@ __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 
 # %% ../nbs/lib/32_grpo.ipynb #53c56659
 import copy, math, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from . import flow
 from .core import Grpo, Preset, rng, torch_rng
 from .data import Pool, all_pairs, prompts
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, fit
+from .train import accelerator, alone, everyone, fit, idle, ready, share, totals, whole
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -34,11 +35,13 @@ def sampling(cfg:Grpo)->Sampling:
 
 # %% ../nbs/lib/32_grpo.ipynb #fe6804d0
 def rollout_batch(model:ClearModel, pool:Pool, pairs:list, # (picture, question), …
-                  cfg:Grpo, seed:int, step:int, chunk:int=None)->list: # len(pairs)·G Rollouts, group members adjacent
+                  cfg:Grpo, seed:int, step:int, chunk:int=None,
+                  first:int=0, # number of the first trajectory in the step
+                 )->list: # len(pairs)·G Rollouts, group members adjacent
     "Sample a group of trajectories for every question (paper §3.4)"
     ask, out, chunk = prompts(model.tokenizer, pool, pairs), [], chunk or len(pairs)
     for k in range(0, len(ask), chunk):
-        out += generate(model, ask[k:k + chunk], sampling(cfg), Noise('grpo', seed, step, first=len(out)), cfg.group)
+        out += generate(model, ask[k:k + chunk], sampling(cfg), Noise('grpo', seed, step, first=first + len(out)), cfg.group)
     return out
 
 # %% ../nbs/lib/32_grpo.ipynb #3c9a64d8
