@@ -312,6 +312,11 @@ def _gradient(loss:Tensor, params:list, acc=None)->list: # a tensor or None per 
     for p in params: p.grad = None
     return out
 
+def _put(params:list, grads:list)->Tensor: # 0, or NaN when a gradient is not finite
+    "Gradients in their place, where a backward pass through DDP would count them a second time"
+    for p, g in zip(params, grads): p.grad = g
+    return sum((g.to_local() if isinstance(g, DTensor) else g).sum()*0. for g in grads if g is not None)
+
 def _collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
              micro:int=None, acc=None, run=None)->tuple: # scalar, details of each piece
     "Gradient of the joint loss, piece by piece"
@@ -322,8 +327,8 @@ def _collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
         grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, _gradient(loss, params, acc))]
         total = total + (loss.detach() if alone(acc) else loss.detach()*acc.num_processes)
         details += [more]*any(s.w_text for s in piece)
-    here = lambda t: t.to_local() if isinstance(t, DTensor) else t
-    linear = sum((here(p)*here(g)).sum() for p, g in zip(params, grads) if g is not None)
+    if not alone(acc): return total + _put(params, grads), details
+    linear = sum((p*g).sum() for p, g in zip(params, grads) if g is not None)
     return total + linear - linear.detach(), details
 
 # %% ../nbs/lib/32_grpo.ipynb #4ee95b39
@@ -345,7 +350,9 @@ def collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None, # 
     "Gradient of the joint loss, piece by piece; FloatingPointError on every process, with the trajectories' names, when it is not finite"
     value, details = _collect(model, samples, o, ref, micro, acc, run)
     if totals([not torch.isfinite(value)], acc)[0]:
-        bad = everyone(_blame(complete(model), samples, o, ref), acc)
+        actor = complete(model)
+        for part in ('vae', 'vit_model', 'connector'): ref is None or setattr(ref, part, getattr(actor, part)) # which the reference shares
+        bad = everyone(_blame(actor, samples, o, ref), acc)
         names = ', '.join(bad[:4]) + f' and {len(bad) - 4} more'*(len(bad) > 4) or 'no single trajectory, only their sum'
         raise FloatingPointError(f'{where}: the loss or its gradient is not finite because of {names}')
     return value, everyone([{k: v.cpu() for k, v in d.items()} for d in details], acc)

@@ -308,11 +308,10 @@ def optimizer(model:nn.Module, lr:float, weight_decay:float=0.)->torch.optim.Ada
 
 # %% ../nbs/lib/26_train.ipynb #8211fb30
 def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str)->tuple: # loss over all processes, gradient norm
-    "One optimiser step; refuses a loss or gradient that is not finite"
+    "One optimiser step with the gradient of a loss, or with the one in place; refuses what is not finite"
     value = float(averaged(loss, acc)) # the same on every process, so that all of them stop
     if not math.isfinite(value): raise FloatingPointError(f'{where}: the loss is {value}; lower the learning rate or look at the batch')
-    opt.zero_grad(set_to_none=True)
-    acc.backward(loss)
+    if loss.requires_grad: acc.backward(loss)
     moved = [p for p in model.parameters() if p.grad is not None]
     total = full(nn.utils.get_total_norm([p.grad for p in moved]))
     nn.utils.clip_grads_with_norm_(moved, clip, total)
@@ -342,6 +341,7 @@ def _finish(model, ema, acc:Accelerator, state, done):
 
 def _step(model, opt, loss, step:int, rate:float, acc:Accelerator, clip:float, desc:str)->dict:
     "One step of the loop and what it logs"
+    opt.zero_grad(set_to_none=True)
     for g in opt.param_groups: g['lr'] = rate
     with acc.autocast(): value, logs = loss(step)
     value, norm = update(model, opt, value, acc, clip, f'{desc}, step {step}')
