@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['REPLAYED', 'KINDS', 'make_examples', 'by_image', 'example_segments', 'sft_row', 'replay_pool', 'clean_trace',
-           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'as_direct', 'stage_rows', 'train_sft']
+           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'as_direct', 'stage_rows', 'train_sft',
+           'main']
 
 # %% ../nbs/lib/28_sft.ipynb #b5f529e4
 from dataclasses import replace
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .base import base_items, later_sample, restore_sample, vqa_sample
-from .core import Preset, rng, torch_rng
-from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, pool, write_trace
+from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
+from .core import Preset, rng, stage_folder, torch_rng
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, own_restorations, pool, write_trace
 from .flow import sample_time
 from .model import ClearModel, freeze
 from .reward import RuleJudge
 from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
-from .train import accelerator, averages, fit, global_mean, idle, own_share, ready, totals
+from .train import accelerator, averages, command, fit, global_mean, idle, own_share, ready, totals
 
 # %% ../nbs/lib/28_sft.ipynb #3a274123
 def make_examples(base:ClearModel, p:Pool, seed:int, balance:bool=True, batch:int=128)->tuple: # examples, accuracy of the base
@@ -154,3 +155,17 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
         return run(lambda m: sft_loss(m, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., acc))
     return fit(model, loss, s.steps, s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
                desc=f'SFT {kind}', done=done)
+
+# %% ../nbs/lib/28_sft.ipynb #4e72dbe1
+def main(argv:list=None):
+    "Stage 1: accelerate launch -m clear_nb.sft params/tiny.yaml --seed 0"
+    p, seed = command(argv, main.__doc__)
+    acc, base, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
+    labelled = pool(base, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
+    with acc.autocast():
+        examples, _ = make_examples(base, labelled, seed, p.sft.balance)
+        own = own_restorations(base, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
+    train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
+              state=folder.with_name('sft_state.pt'), done=lambda m: m.save_pretrained(folder, torch.float16))
+
+if __name__ == '__main__' and '__file__' in globals(): main()

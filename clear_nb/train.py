@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'LORA', 'lr_at', 'Ema', 'tracker_name', 'fast_precision', 'accelerator', 'alone', 'own_share', 'everyone',
            'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete', 'idle',
-           'add_lora', 'merge_lora', 'ready', 'full', 'like', 'trainable', 'generators', 'tensors_of', 'checksum',
-           'states', 'save_state', 'drop_states', 'read_state', 'last_state', 'load_state', 'optimizer', 'update',
-           'fit', 'smooth', 'plot_history']
+           'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'trainable', 'generators', 'tensors_of',
+           'checksum', 'states', 'save_state', 'drop_states', 'read_state', 'last_state', 'load_state', 'optimizer',
+           'update', 'fit', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
-import json, math, os, time, warnings, weakref, zlib
+import argparse, json, math, os, time, warnings, weakref, zlib
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
-from .core import Train, atomic_path, torch_rng
+from .core import Train, atomic_path, load_preset, torch_rng
 from .model import materialise, meta_model
 
 # %% ../nbs/lib/26_train.ipynb #da6fb8f7
@@ -199,6 +199,15 @@ def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the calla
     if cfg.lora and not alone(acc) and fsdp_settings(acc): raise ValueError('LoRA fits one GPU and does not go with FSDP; set train.lora to 0 or launch with DDP')
     if cfg.lora: add_lora(model, cfg.lora)
     return parallel(model, acc)
+
+# %% ../nbs/lib/26_train.ipynb #24e32c2f
+def command(argv:list|None, doc:str)->tuple: # preset, seed
+    "Arguments of a stage's command: a file of params/, and a seed"
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument('params', type=Path, help='for example params/tiny.yaml')
+    parser.add_argument('--seed', type=int, default=0)
+    a = parser.parse_args(argv)
+    return load_preset(a.params.stem, a.params.parent), a.seed
 
 # %% ../nbs/lib/26_train.ipynb #3a5da021
 def full(t:torch.Tensor)->torch.Tensor:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     'reward': ['trajectory'],
     'server': [],
     'judge': ['reward', 'server'],
-    'grpo': ['train', 'generate', 'reward', 'data'],
+    'grpo': ['base', 'train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'],
     'scoring': ['reward', 'judge'],
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
