@@ -303,6 +303,7 @@ def _pieces(samples:list, shape, micro:int=None, acc=None)->list: # lists of Sam
     nothing = [replace(order[0], advantage=0., w_text=0., w_flow=0.)]
     return out + [nothing]*(max(everyone([len(out)], acc)) - len(out))
 
+# %% ../nbs/lib/32_grpo.ipynb #190d5965
 def _gradient(loss:Tensor, params:list, acc=None)->list: # a tensor or None per parameter
     "Gradient of a piece, summed over the processes"
     with torch.autocast(loss.device.type, enabled=False):
@@ -318,6 +319,7 @@ def _put(params:list, grads:list)->Tensor: # 0, or NaN when a gradient is not fi
     for p, g in zip(params, grads): p.grad = g
     return sum((g.to_local() if isinstance(g, DTensor) else g).sum()*0. for g in grads if g is not None)
 
+# %% ../nbs/lib/32_grpo.ipynb #731cbbda
 def _collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
              micro:int=None, acc=None, run=None)->tuple: # scalar, details of each piece
     "Gradient of the joint loss, piece by piece"
@@ -409,6 +411,7 @@ def sampled(model:ClearModel, pool:Pool, pairs:list, cfg:Grpo, seed:int, step:in
     rollouts = rollout_batch(actor, pool, mine, cfg, seed, step, chunk, first*cfg.group)
     return rollouts, [pool.items[i].questions[j] for i, j in mine for _ in range(cfg.group)]
 
+# %% ../nbs/lib/32_grpo.ipynb #06d7df71
 def grpo_step(model:ClearModel, pool:Pool, cfg:Grpo, o:Objective, seed:int, step:int, judge=RuleJudge(), ref:ClearModel=None,
               micro:int=None, chunk:int=None, watch=None, workers:int=1, acc=None, run=None)->tuple: # scalar with the gradient of the step, numbers to log
     "Rollouts, rewards and the joint gradient of one update"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'LORA', 'lr_at', 'Ema', 'tracker_name', 'fast_precision', 'accelerator', 'alone', 'own_share', 'everyone',
            'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete', 'idle',
-           'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'trainable', 'generators', 'tensors_of',
-           'checksum', 'states', 'save_state', 'drop_states', 'read_state', 'last_state', 'load_state', 'optimizer',
+           'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'trainable', 'generators', 'checksum',
+           'tensors_of', 'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'load_state', 'optimizer',
            'update', 'fit', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
@@ -102,11 +102,11 @@ def own_share(rows:list, acc:Accelerator=None)->list:
     if len(rows) < n: raise ValueError(f'{len(rows)} rows cannot be shared by {n} processes; use a larger batch or fewer processes')
     return rows[len(rows)*k//n:len(rows)*(k + 1)//n]
 
+# %% ../nbs/lib/26_train.ipynb #c12e2cbd
 def everyone(items:list, acc:Accelerator=None)->list:
     "The lists of all processes in a line, on each of them"
     return items if alone(acc) else gather_object(items)
 
-# %% ../nbs/lib/26_train.ipynb #c12e2cbd
 def totals(counts:list, acc:Accelerator=None)->list: # whole numbers
     "Sums over the processes"
     return list(counts) if alone(acc) else acc.reduce(torch.tensor(counts, device=acc.device), 'sum').tolist()
@@ -115,6 +115,7 @@ def averaged(x:torch.Tensor, acc:Accelerator=None)->torch.Tensor:
     "Mean over the processes, without a graph"
     return x.detach() if alone(acc) else acc.reduce(x.detach(), 'mean')
 
+# %% ../nbs/lib/26_train.ipynb #d22bb74e
 def averages(logs:dict, acc:Accelerator=None)->dict:
     "Means of logged numbers over the processes"
     return logs if alone(acc) else dict(zip(logs, averaged(torch.tensor(list(logs.values()), dtype=torch.float64, device=acc.device), acc).tolist()))
@@ -184,6 +185,7 @@ def add_lora(model:nn.Module, rank:int):
     for k, p in trainable(model).items():
         if 'lora_A' in k: nn.init.kaiming_uniform_(p, math.sqrt(5), generator=torch_rng('lora', k))
 
+# %% ../nbs/lib/26_train.ipynb #b889b620
 def merge_lora(model:nn.Module):
     "Add the adapters to the weights and remove them, in place"
     for name, m in list(model.named_modules()):
@@ -229,6 +231,13 @@ def generators()->dict: # name -> state
     gpu = {f'rng/cuda{k}': s for k, s in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
     return {'rng/cpu': torch.get_rng_state(), **gpu}
 
+def checksum(tensors:dict)->int:
+    "CRC of names and bytes"
+    out = 0
+    for k in sorted(tensors): out = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), out))
+    return out
+
+# %% ../nbs/lib/26_train.ipynb #823f8878
 def tensors_of(model:nn.Module, opt, ema, keep:bool=True)->dict: # name -> tensor on the host
     "Every tensor of a state; without `keep` a process only hands in its pieces"
     own = trainable(model)
@@ -238,18 +247,18 @@ def tensors_of(model:nn.Module, opt, ema, keep:bool=True)->dict: # name -> tenso
     host = lambda t: t.to('cpu').contiguous() if keep else None
     return {k: host(full(v.detach())) for k, v in every.items()}
 
-def checksum(tensors:dict)->int:
-    "CRC of names and bytes"
-    out = 0
-    for k in sorted(tensors): out = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), out))
-    return out
-
 # %% ../nbs/lib/26_train.ipynb #9cf231a7
 def states(path)->list: # newest first
     "Saved states of a run: `sft_state.pt` stands for `sft_state-00000012.safetensors` and so on"
     path = Path(path)
     return sorted(path.parent.glob(f'{path.stem}-' + '[0-9]'*8 + '.safetensors'), reverse=True)
 
+def drop_states(path):
+    "Remove the states of a run, and what a killed process left half written"
+    path = Path(path)
+    for f in [*states(path), *path.parent.glob(f'.{path.stem}-*.tmp.safetensors')]: f.unlink(missing_ok=True)
+
+# %% ../nbs/lib/26_train.ipynb #ebdac719
 def save_state(path, step:int, tensors:dict, info:dict)->Path: # info: what goes beside the tensors, in JSON's types
     "Write a state, whole or not at all; afterwards it and the one before it are left"
     path = Path(path)
@@ -258,16 +267,10 @@ def save_state(path, step:int, tensors:dict, info:dict)->Path: # info: what goes
         save_file(tensors, tmp, dict(state=json.dumps({**info, 'step': step, 'checksum': checksum(tensors)})))
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
     before = [f for f in old if f < new][:1]
-    for f in old:
-        if f not in (new, *before): f.unlink()
+    for f in [f for f in old if f not in (new, *before)]: f.unlink()
     return new
 
 # %% ../nbs/lib/26_train.ipynb #4726f45f
-def drop_states(path):
-    "Remove the states of a run, and what a killed process left half written"
-    path = Path(path)
-    for f in [*states(path), *path.parent.glob(f'.{path.stem}-*.tmp.safetensors')]: f.unlink(missing_ok=True)
-
 def read_state(path:Path)->tuple: # tensors, info
     "A saved state; ValueError when it is damaged"
     try:
@@ -276,6 +279,7 @@ def read_state(path:Path)->tuple: # tensors, info
     if checksum(tensors) != info['checksum']: raise ValueError(f'state {path} is damaged: its checksum is wrong')
     return tensors, info
 
+# %% ../nbs/lib/26_train.ipynb #d595c943
 def last_state(path)->tuple|None: # tensors, info; None when nothing was saved
     "The newest state that can be read, with a warning for each that cannot; ValueError when none can"
     found = states(path)
@@ -294,6 +298,7 @@ def load_state(path, model:nn.Module, opt, ema, plan:dict)->tuple: # first step 
     if ema: ema.n = info['ema']
     return info['step'], info['history']
 
+# %% ../nbs/lib/26_train.ipynb #dbb23766
 @torch.no_grad()
 def _put_back(tensors:dict, model:nn.Module, opt, ema):
     "The tensors of a state into model, optimiser, average and generators"
@@ -322,12 +327,11 @@ def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str
     if not math.isfinite(value): raise FloatingPointError(f'{where}: the loss is {value}; lower the learning rate or look at the batch')
     if loss.requires_grad: acc.backward(loss)
     moved = [p for p in model.parameters() if p.grad is not None]
-    total = full(nn.utils.get_total_norm([p.grad for p in moved]))
-    nn.utils.clip_grads_with_norm_(moved, clip, total)
-    norm = float(total)
-    if not math.isfinite(norm): raise FloatingPointError(f'{where}: the gradient norm is {norm}; lower the learning rate or look at the batch')
+    norm = full(nn.utils.get_total_norm([p.grad for p in moved]))
+    nn.utils.clip_grads_with_norm_(moved, clip, norm)
+    if not torch.isfinite(norm): raise FloatingPointError(f'{where}: the gradient norm is {norm.item()}; lower the learning rate or look at the batch')
     opt.step()
-    return value, norm
+    return value, float(norm)
 
 # %% ../nbs/lib/26_train.ipynb #14a85d44
 def _saver(model, opt, ema, acc:Accelerator, state, plan:dict, history:list): # step -> nothing
@@ -338,6 +342,7 @@ def _saver(model, opt, ema, acc:Accelerator, state, plan:dict, history:list): # 
         acc.wait_for_everyone()
     return save
 
+# %% ../nbs/lib/26_train.ipynb #f531ce4a
 def _finish(model, ema, acc:Accelerator, state, done):
     "Average and adapters into the model, hand it over, and only then drop the states"
     if ema: ema.copy_to(model)
@@ -348,6 +353,7 @@ def _finish(model, ema, acc:Accelerator, state, done):
     acc.wait_for_everyone()
     if state and acc.is_main_process: drop_states(state)
 
+# %% ../nbs/lib/26_train.ipynb #debbab56
 def _step(model, opt, loss, step:int, rate:float, acc:Accelerator, clip:float, desc:str)->dict:
     "One step of the loop and what it logs"
     opt.zero_grad(set_to_none=True)
