@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce figures test env
+.PHONY: help reproduce figures test audit env
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -32,6 +32,11 @@ test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: $(READY) ## run every notebook and every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+audit: $(READY) ## do the packages fit together, and has one of them a known vulnerability (asks PyPI's database)
+	$(BIN)/python -m pip check
+	$(BIN)/python -m pip install --disable-pip-version-check -q pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 env: $(READY) ## only make the environment in .venv
 

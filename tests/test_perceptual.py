@@ -108,6 +108,19 @@ def test_musiq_without_network(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_musiq_fetched_file_has_the_pinned_hash(tmp_path, monkeypatch):
+    """A file that the network gave in place of the weights is refused by its hash, and named; the true one passes."""
+    from pyiqa.archs.musiq_arch import default_model_urls
+    from pyiqa.utils import download_util
+    monkeypatch.setattr(download_util, 'DEFAULT_CACHE_DIR', str(tmp_path))
+    file = tmp_path/default_model_urls['koniq10k'].rpartition('/')[2]
+    assert pc.MUSIQ_HASH in file.name                       # the pin and pyiqa speak of the same file
+    file.write_bytes(b'something else')
+    with pytest.raises(ValueError, match=f'{file.name} has the SHA-256 .* delete it'): pc.musiq()
+    monkeypatch.setattr(pc, 'MUSIQ_HASH', pc.file_hash(file)[:8])
+    assert pc._musiq_file() == file
+
+
 @pytest.fixture(scope='module')
 def smoke():
     """The smallest preset with five pictures per severity, batches of two."""

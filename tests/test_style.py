@@ -44,6 +44,7 @@ MAY_IMPORT = {
     'report': ['paper', 'core'],
     'pipeline': ['core'],
     'watch': ['report', 'train', 'data', 'reward', 'generate'],
+    'scale': {'images', 'model', 'paper'},
 }
 
 

@@ -1,0 +1,39 @@
+"""What the chapter on scale says about memory holds in a process that is watched."""
+import sys
+import pytest, torch
+from clear_nb.core import ROOT, load_preset
+from clear_nb.model import ClearConfig
+from clear_nb.mot import Layer
+from clear_nb.model import qwen2
+from clear_nb.scale import Plan, count_parameters, layer_bytes, lora_parameters, saved_bytes, state_bytes, trajectory_tokens
+
+sys.path.insert(0, str(ROOT/'benchmarks'))
+BIG = ClearConfig.from_dict(load_preset('paper').model)
+
+def test_memory_of_the_100m_shape_is_estimated_within_15_percent():
+    from scale import measure
+    found = measure('100m', 2, 64)
+    assert .85 < found['estimated']/found['measured'] < 1.15, found
+
+def test_saved_bytes_counts_each_tensor_once_and_no_weights():
+    w, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
+    weights = {w.untyped_storage()._cdata}
+    assert saved_bytes(lambda: x @ w, weights) == x.nbytes
+    assert saved_bytes(lambda: (x @ w) + (x*2) @ w, weights) == 2*x.nbytes
+
+def test_shards_divide_the_state_and_copies_add_to_it():
+    own = sum(v for k, v in count_parameters(BIG).items() if k not in ('vit', 'vae'))
+    assert state_bytes(BIG, Plan(8)) == state_bytes(BIG, Plan(1))/8
+    assert state_bytes(BIG, Plan(8, ema=True)) - state_bytes(BIG, Plan(8)) == 4*own/8
+
+def test_lora_counts_rows_and_columns_of_every_matrix():
+    with torch.device('meta'): layer = Layer(qwen2(BIG), 0)
+    assert lora_parameters(BIG, 2) == 2*lora_parameters(BIG, 1) and lora_parameters(BIG, 1) == 28*sum(sum(m.weight.shape) for m in layer.modules() if isinstance(m, torch.nn.Linear))
+
+def test_mixed_precision_keeps_more_than_half_of_fp32():
+    assert .5 < layer_bytes(BIG, torch.bfloat16)/layer_bytes(BIG, torch.float32) < 1
+
+@pytest.mark.parametrize('stage, more', [('sft', .6), ('bridge', 0.), ('grpo', 0.)])
+def test_only_stage_1_encodes_again(stage, more):
+    t, once = (trajectory_tokens(load_preset('paper'), 640, 480, 80, 270, s) for s in (stage, 'bridge'))
+    assert t.all - once.all == pytest.approx(more*t.vit)
