@@ -325,7 +325,7 @@ def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str
     "One optimiser step with the gradient of a loss, or with the one in place; refuses what is not finite"
     value = float(averaged(loss, acc)) # the same on every process, so that all of them stop
     if not math.isfinite(value): raise FloatingPointError(f'{where}: the loss is {value}; lower the learning rate or look at the batch')
-    if loss.requires_grad: acc.backward(loss)
+    if loss.requires_grad: opt.zero_grad(set_to_none=True); acc.backward(loss)
     moved = [p for p in model.parameters() if p.grad is not None]
     norm = full(nn.utils.get_total_norm([p.grad for p in moved]))
     nn.utils.clip_grads_with_norm_(moved, clip, norm)
@@ -356,7 +356,6 @@ def _finish(model, ema, acc:Accelerator, state, done):
 # %% ../nbs/lib/26_train.ipynb #debbab56
 def _step(model, opt, loss, step:int, rate:float, acc:Accelerator, clip:float, desc:str)->dict:
     "One step of the loop and what it logs"
-    opt.zero_grad(set_to_none=True)
     for g in opt.param_groups: g['lr'] = rate
     with acc.autocast(): value, logs = loss(step)
     value, norm = update(model, opt, value, acc, clip, f'{desc}, step {step}')
