@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'PATHS', 'STAGE_MADE_BY', 'STAGE_PARAMETERS', 'find_root', 'rng', 'torch_rng', 'atomic_path', 'Data', 'Base',
-           'Sft', 'Bridge', 'Grpo', 'Eval', 'Preset', 'closest', 'preset_names', 'load_preset', 'stage_folder',
+           'Sft', 'Bridge', 'Grpo', 'Eval', 'Train', 'Preset', 'closest', 'preset_names', 'load_preset', 'stage_folder',
            'find_stage', 'file_hash', 'git_state', 'versions', 'peak_memory', 'Clock', 'results_dir', 'record_name',
            'make_record', 'write_record', 'read_records']
 
@@ -150,6 +150,14 @@ class Eval:
     severities:tuple[str, ...] = ('clean', 'low', 'mid', 'hard')
     seeds:tuple[int, ...] = (0,)
 
+# %% ../nbs/lib/00_core.ipynb #d279a299
+@dataclass(frozen=True)
+class Train:
+    "How every stage is run; none of it changes the loss."
+    save_seconds:float = 120. # between two saved states; 0: after every update
+    checkpointing:bool = False # compute a layer's activations twice instead of keeping them
+    lora:int = 0 # rank of LoRA adapters in stages 1 to 3; 0: every weight of the decoder trains
+
 # %% ../nbs/lib/00_core.ipynb #5783faa7
 @dataclass(frozen=True)
 class Preset:
@@ -157,6 +165,7 @@ class Preset:
     name:str
     model:dict # free-form
     data:Data; base:Base; sft:Sft; bridge:Bridge; grpo:Grpo; eval:Eval
+    train:Train = field(default_factory=Train)
     overrides:dict = field(default_factory=dict) # what the caller changed, dotted key to value
 
 # %% ../nbs/lib/00_core.ipynb #f9cdab40

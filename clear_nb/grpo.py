@@ -7,22 +7,25 @@ __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 
            'choose_steps', 'forbidden', 'text_logp', 'recorded_logp', 'owners', 'flow_logp', 'noise_logp',
            'old_flow_logp', 'bounded', 'clipped', 'is_clipped', 'k3', 'reference', 'Objective', 'token_weights',
            'Sample', 'make_samples', 'text_terms', 'flow_terms', 'joint_loss', 'summary', 'grpo_loss', 'collect',
-           'judged', 'reward_table', 'choose_pairs', 'behaviour', 'grpo_step', 'train_grpo']
+           'judged', 'reward_table', 'choose_pairs', 'behaviour', 'outline', 'gathered', 'sampled', 'grpo_step',
+           'train_grpo', 'main']
 
 # %% ../nbs/lib/32_grpo.ipynb #53c56659
 import copy, math, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from . import flow
-from .core import Grpo, Preset, rng, torch_rng
-from .data import Pool, all_pairs, prompts
+from .base import load_stage
+from .core import Grpo, Preset, rng, stage_folder, torch_rng
+from .data import Pool, all_pairs, labelled_items, pool as make_pool, prompts
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, fit
+from .train import accelerator, alone, command, complete, everyone, fit, idle, own_share, ready, totals
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -34,11 +37,13 @@ def sampling(cfg:Grpo)->Sampling:
 
 # %% ../nbs/lib/32_grpo.ipynb #fe6804d0
 def rollout_batch(model:ClearModel, pool:Pool, pairs:list, # (picture, question), …
-                  cfg:Grpo, seed:int, step:int, chunk:int=None)->list: # len(pairs)·G Rollouts, group members adjacent
+                  cfg:Grpo, seed:int, step:int, chunk:int=None,
+                  first:int=0, # number of the first trajectory in the step
+                 )->list: # len(pairs)·G Rollouts, group members adjacent
     "Sample a group of trajectories for every question (paper §3.4)"
     ask, out, chunk = prompts(model.tokenizer, pool, pairs), [], chunk or len(pairs)
     for k in range(0, len(ask), chunk):
-        out += generate(model, ask[k:k + chunk], sampling(cfg), Noise('grpo', seed, step, first=len(out)), cfg.group)
+        out += generate(model, ask[k:k + chunk], sampling(cfg), Noise('grpo', seed, step, first=first + len(out)), cfg.group)
     return out
 
 # %% ../nbs/lib/32_grpo.ipynb #3c9a64d8
@@ -222,15 +227,19 @@ class Sample:
 
 # %% ../nbs/lib/32_grpo.ipynb #78a6891b
 def make_samples(rollouts:list, rewards:Tensor, # (P, G), NaN where there is no reward
-                 noise:Noise, generator:torch.Generator, o:Objective, patch:int)->tuple: # Samples, groups without spread
-    "Advantages, chosen steps and weights of the rollouts that have a reward"
+                 noise:Noise, generator:torch.Generator, o:Objective, patch:int,
+                 rows:range=None, # trajectories of this process; None: all
+                )->tuple: # Samples, groups without spread
+    "Advantages, chosen steps and weights of the rollouts that have a reward; one of weight 0 when none of `rows` has"
     adv, flat = advantages(rewards, o.scale)
-    steps = choose_steps(rollouts, generator)
-    old = old_flow_logp(rollouts, steps, noise, patch, o.reduction) if o.lambda_flow else [torch.zeros(0)]*len(rollouts)
+    steps, rows = choose_steps(rollouts, generator), rows or range(len(rollouts))
+    mine, own = slice(rows.start, rows.stop), Noise(*noise.seed, first=noise.first + rows.start)
+    old = old_flow_logp(rollouts[mine], steps[mine], own, patch, o.reduction) if o.lambda_flow else [torch.zeros(0)]*len(rows)
     keep = (~rewards.isnan()).flatten().nonzero().flatten().tolist()
-    w = token_weights([sum(len(t.logp) for t in rollouts[i].turns) for i in keep], o)
-    return [Sample(rollouts[i], float(adv.flatten()[i]), steps[i] if o.lambda_flow else None, old[i], wi,
-                   1/(len(keep)*max(1, len(rollouts[i].restorations))), i) for i, wi in zip(keep, w)], flat
+    w = dict(zip(keep, token_weights([sum(len(t.logp) for t in rollouts[i].turns) for i in keep], o)))
+    sample = lambda i, w_text, w_flow: Sample(rollouts[i], float(adv.flatten()[i]), steps[i] if o.lambda_flow else None, old[i - rows.start], w_text, w_flow, i)
+    kept = [sample(i, w[i], 1/(len(keep)*max(1, len(rollouts[i].restorations)))) for i in keep if i in rows]
+    return kept or [sample(rows.start, 0., 0.)], flat
 
 # %% ../nbs/lib/32_grpo.ipynb #e6ade00e
 def _per_text(samples:list, p, values:list)->Tensor: # (n_ce,)
@@ -260,7 +269,7 @@ def flow_terms(model:ClearModel, h:Hidden, samples:list, o:Objective)->tuple: # 
     return (w*clipped(d, A, o.epsilon)).sum(), dict(flow=d, flow_clip=is_clipped(d, A, o.epsilon))
 
 # %% ../nbs/lib/32_grpo.ipynb #0d36b6c7
-def joint_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)->tuple: # scalar with a graph, details
+def joint_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None, acc=None)->tuple: # scalar with a graph, details
     "L_GRPO + λ L_Flow of some members of a batch, from one forward pass (paper §3.4); ValueError for β > 0 without a reference"
     if o.beta and ref is None: raise ValueError('beta > 0 pulls towards a reference; pass reference(model), made before the first update')
     p = to(pack([rollout_segments(s.rollout, s.steps) for s in samples], model.shape), model.device)
@@ -268,7 +277,7 @@ def joint_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)
     text, details = text_terms(model, h, samples, o, ref)
     image, more = flow_terms(model, h, samples, o) if len(p.mse_at) else (torch.zeros_like(text), {})
     details = {**details, **more, 'loss_text': text[None], 'loss_flow': image[None]}
-    return text + o.lambda_flow*image, {k: v.detach() for k, v in details.items()}
+    return text + o.lambda_flow*image + idle(model, h, acc), {k: v.detach() for k, v in details.items()}
 
 # %% ../nbs/lib/32_grpo.ipynb #b5788f14
 def summary(details:list)->dict:
@@ -287,39 +296,69 @@ def grpo_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)-
     return loss, summary([details])
 
 # %% ../nbs/lib/32_grpo.ipynb #f1133cdb
+def _pieces(samples:list, shape, micro:int=None, acc=None)->list: # lists of Samples
+    "A batch in pieces of similar lengths; every process gets as many, the last ones with weight 0"
+    order = sorted(samples, key=lambda s: count(rollout_segments(s.rollout), shape))
+    out = [order[k:k + (micro or len(order))] for k in range(0, len(order), micro or len(order))]
+    nothing = [replace(order[0], advantage=0., w_text=0., w_flow=0.)]
+    return out + [nothing]*(max(everyone([len(out)], acc)) - len(out))
+
+# %% ../nbs/lib/32_grpo.ipynb #190d5965
+def _gradient(loss:Tensor, params:list, acc=None)->list: # a tensor or None per parameter
+    "Gradient of a piece, summed over the processes"
+    with torch.autocast(loss.device.type, enabled=False):
+        if alone(acc): return torch.autograd.grad(loss, params, allow_unused=True)
+        for p in params: p.grad = None
+        (loss*acc.num_processes).backward() # DDP and FSDP average
+    out = [p.grad for p in params]
+    for p in params: p.grad = None
+    return out
+
+def _put(params:list, grads:list)->Tensor: # 0, or NaN when a gradient is not finite
+    "Gradients in their place, where a backward pass through DDP would count them a second time"
+    for p, g in zip(params, grads): p.grad = g
+    return sum((g.to_local() if isinstance(g, DTensor) else g).sum()*0. for g in grads if g is not None)
+
+# %% ../nbs/lib/32_grpo.ipynb #731cbbda
 def _collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
-             micro:int=None)->tuple: # scalar, details of each piece
+             micro:int=None, acc=None, run=None)->tuple: # scalar, details of each piece
     "Gradient of the joint loss, piece by piece"
     params, total, details = [p for p in model.parameters() if p.requires_grad], 0., []
-    order = sorted(samples, key=lambda s: count(rollout_segments(s.rollout), model.shape))
-    grads, micro = [None]*len(params), micro or len(samples)
-    for k in range(0, len(order), micro):
-        loss, more = joint_loss(model, order[k:k + micro], o, ref)
-        with torch.autocast(model.device.type, enabled=False): piece = torch.autograd.grad(loss, params, allow_unused=True)
-        grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, piece)]
-        total, details = total + loss.detach(), [*details, more]
+    grads, run = [None]*len(params), run or (lambda f: f(model))
+    for piece in _pieces(samples, model.shape, micro, acc):
+        loss, more = run(lambda m: joint_loss(m, piece, o, ref, acc))
+        grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, _gradient(loss, params, acc))]
+        total = total + (loss.detach() if alone(acc) else loss.detach()*acc.num_processes)
+        details += [more]*any(s.w_text for s in piece)
+    if not alone(acc): return total + _put(params, grads), details
     linear = sum((p*g).sum() for p, g in zip(params, grads) if g is not None)
     return total + linear - linear.detach(), details
 
 # %% ../nbs/lib/32_grpo.ipynb #4ee95b39
-def _blame(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)->str:
+def _blame(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)->list:
     "Which trajectories alone have a loss or gradient that is not finite, and whether their record is the reason"
     bad, own = [], lambda s: [torch.tensor([s.advantage, s.w_text, s.w_flow]), recorded_logp([s.rollout]), s.flow_old, *(d.states for d in s.rollout.restorations)]
     for s in samples:
         if torch.isfinite(_collect(model, [s], o, ref)[0]): continue
         where = 'its record is finite, the model is not' if all(torch.isfinite(t).all() for t in own(s)) else 'its record is not finite'
         bad.append(f'trajectory {s.row} ({" … ".join(s.rollout.texts)[:50]!r}: {where})')
-    return ', '.join(bad[:4]) + f' and {len(bad) - 4} more'*(len(bad) > 4) or 'no single trajectory, only their sum'
+    return bad
 
 # %% ../nbs/lib/32_grpo.ipynb #9d6d1dbb
-def collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
+def collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None, # samples: of this process
             micro:int=None, # trajectories per piece; None: all at once
             where:str='GRPO', # for the error
-           )->tuple: # scalar whose gradient is that of the whole batch, details of each piece
-    "Gradient of the joint loss, piece by piece; FloatingPointError that names the trajectories when it is not finite"
-    value, details = _collect(model, samples, o, ref, micro)
-    if not torch.isfinite(value): raise FloatingPointError(f'{where}: the loss or its gradient is not finite because of {_blame(model, samples, o, ref)}')
-    return value, details
+            acc=None, run=None, # run: of `train.parallel`
+           )->tuple: # scalar whose gradient is that of the whole batch, details of each piece, of all processes
+    "Gradient of the joint loss, piece by piece; FloatingPointError on every process, with the trajectories' names, when it is not finite"
+    value, details = _collect(model, samples, o, ref, micro, acc, run)
+    if totals([not torch.isfinite(value)], acc)[0]:
+        actor = complete(model)
+        for part in ('vae', 'vit_model', 'connector'): ref is None or setattr(ref, part, getattr(actor, part)) # which the reference shares
+        bad = everyone(_blame(actor, samples, o, ref), acc)
+        names = ', '.join(bad[:4]) + f' and {len(bad) - 4} more'*(len(bad) > 4) or 'no single trajectory, only their sum'
+        raise FloatingPointError(f'{where}: the loss or its gradient is not finite because of {names}')
+    return value, everyone([{k: v.cpu() for k, v in d.items()} for d in details], acc)
 
 # %% ../nbs/lib/32_grpo.ipynb #3db5082f
 def judged(rollouts:list, questions:list, # one of each per trajectory
@@ -353,17 +392,37 @@ def behaviour(rollouts:list)->dict:
                 unfinished=mean(lambda r: not r.turns[-1].ended))
 
 # %% ../nbs/lib/32_grpo.ipynb #73974691
+def outline(r:Rollout)->Rollout:
+    "What other processes must know about a trajectory: how long it is and what it restored when"
+    return replace(r, prompt=[], restorations=[replace(d, latent=None, states=None, segments=None) for d in r.restorations])
+
+def gathered(rollouts:list, acc=None)->tuple: # all rollouts of a step, which of them are this process's own
+    "The rollouts of a step; those of other processes in outline"
+    if alone(acc): return rollouts, range(len(rollouts))
+    parts = everyone([[outline(r) for r in rollouts]], acc)
+    before, after = (sum(p, []) for p in (parts[:acc.process_index], parts[acc.process_index + 1:]))
+    return [*before, *rollouts, *after], range(len(before), len(before) + len(rollouts))
+
+# %% ../nbs/lib/32_grpo.ipynb #deb5e56a
+def sampled(model:ClearModel, pool:Pool, pairs:list, cfg:Grpo, seed:int, step:int, chunk:int=None, acc=None)->tuple: # rollouts, their questions
+    "This process's groups of a step"
+    mine, first = own_share(pairs, acc), 0 if alone(acc) else len(pairs)*acc.process_index//acc.num_processes
+    with torch.no_grad(): actor = complete(model, model.cache_dtype)
+    rollouts = rollout_batch(actor, pool, mine, cfg, seed, step, chunk, first*cfg.group)
+    return rollouts, [pool.items[i].questions[j] for i, j in mine for _ in range(cfg.group)]
+
+# %% ../nbs/lib/32_grpo.ipynb #06d7df71
 def grpo_step(model:ClearModel, pool:Pool, cfg:Grpo, o:Objective, seed:int, step:int, judge=RuleJudge(), ref:ClearModel=None,
-              micro:int=None, chunk:int=None, watch=None, workers:int=1)->tuple: # scalar with the gradient of the step, numbers to log
+              micro:int=None, chunk:int=None, watch=None, workers:int=1, acc=None, run=None)->tuple: # scalar with the gradient of the step, numbers to log
     "Rollouts, rewards and the joint gradient of one update"
     clock, pairs = [time.perf_counter()], choose_pairs(pool, cfg.prompts, seed, step)
-    rollouts = rollout_batch(model, pool, pairs, cfg, seed, step, chunk); clock.append(time.perf_counter())
-    ask = [pool.items[i].questions[j] for i, j in pairs for _ in range(cfg.group)]
+    rollouts, ask = sampled(model, pool, pairs, cfg, seed, step, chunk, acc); clock.append(time.perf_counter())
     outcomes = judged(rollouts, ask, judge, Weights.of(cfg), cfg.rules, workers)
-    table, logs = reward_table(outcomes, cfg.group); clock.append(time.perf_counter())
-    if watch: watch(step, rollouts, ask, outcomes)
-    samples, flat = make_samples(rollouts, table, Noise('grpo', seed, step), torch_rng('grpo steps', seed, step), o, model.shape.latent_patch)
-    loss, details = collect(model, samples, o, ref, micro, f'grpo, step {step}'); clock.append(time.perf_counter())
+    table, logs = reward_table(everyone(outcomes, acc), cfg.group); clock.append(time.perf_counter())
+    if watch and (alone(acc) or acc.is_main_process): watch(step, rollouts, ask, outcomes)
+    rollouts, rows = gathered(rollouts, acc)
+    samples, flat = make_samples(rollouts, table, Noise('grpo', seed, step), torch_rng('grpo steps', seed, step), o, model.shape.latent_patch, rows)
+    loss, details = collect(model, samples, o, ref, micro, f'grpo, step {step}', acc, run); clock.append(time.perf_counter())
     seconds = dict(zip(('s_rollout', 's_reward', 's_update'), np.diff(clock).tolist()))
     return loss, {**logs, **behaviour(rollouts), 'flat_groups': flat, **summary(details), **seconds}
 
@@ -371,7 +430,7 @@ def grpo_step(model:ClearModel, pool:Pool, cfg:Grpo, o:Objective, seed:int, step
 SHOW = ('reward', 'trigger', 's_rollout', 's_reward', 's_update') # beside the progress bar
 
 def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 1 and 2 have not seen
-               preset:Preset, seed:int=0, acc=None, state:Path=None, # file to resume from
+               preset:Preset, seed:int=0, acc=None, state:Path=None, done=None, # of `train.fit`
                judge=RuleJudge(), workers:int=1, # judge requests at the same time
                micro:int=None, chunk:int=None, # trajectories per piece of the update, questions per piece of the rollouts; None: all
                watch=None, # called with step, rollouts, questions and outcomes, for example `watch.watcher(…)`
@@ -382,5 +441,18 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
     o = Objective.of(cfg, **changes)
     freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
     ref = reference(model) if o.beta else None
-    return fit(model, lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers), cfg.steps, cfg.lr, cfg.warmup,
-               acc=acc, state=state, desc='grpo', show=SHOW)
+    run = ready(model, acc, preset.train)
+    step_of = lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers, acc, run)
+    return fit(model, step_of, cfg.steps, cfg.lr, cfg.warmup, acc=acc, state=state, save_seconds=preset.train.save_seconds, desc='grpo', show=SHOW, done=done)
+
+# %% ../nbs/lib/32_grpo.ipynb #d5cb34b6
+def main(argv:list=None):
+    "Stage 3: accelerate launch -m clear_nb.grpo params/tiny.yaml --seed 0"
+    p, seed = command(argv, main.__doc__)
+    folder = stage_folder(p.name, seed, 'grpo')
+    acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
+    labelled = make_pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
+    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m: m.save_pretrained(folder, torch.float16))
+    acc.end_training()
+
+if __name__ == '__main__' and '__file__' in globals(): main()

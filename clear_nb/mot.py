@@ -14,6 +14,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding, rotate_half
 
@@ -262,6 +263,7 @@ class Mot(nn.Module):
         self.norm, self.norm_moe_gen = (Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) for _ in range(2))
         self.rotary = Qwen2RotaryEmbedding(cfg)
         self.attention = 'auto' # one of ATTENTION
+        self.checkpointing = False # compute the layers again in the backward pass instead of keeping what they made
 
 # %% ../nbs/lib/16_mot.ipynb #e0dde796
 ATTENTION, LONG = ('auto', 'sdpa', 'flex'), 1024 # 'auto': flex attention on a GPU for at least LONG queries
@@ -289,7 +291,7 @@ def forward(self:Mot, x:Tensor, # (N, D) embeddings sorted by expert
            )->Tensor: # (N, D) after the final norms, sorted by expert
     "Run all layers."
     for layer in self.layers:
-        x = layer(x, ctx)
+        x = checkpoint(layer, x, ctx, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(x, ctx)
         if keep is not None: keep.append(x)
     return routed(self.norm, self.norm_moe_gen, x, ctx.route.n_und)
 

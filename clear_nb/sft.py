@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['REPLAYED', 'KINDS', 'make_examples', 'by_image', 'example_segments', 'sft_row', 'replay_pool', 'clean_trace',
-           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'as_direct', 'stage_rows', 'train_sft']
+           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'as_direct', 'stage_rows', 'train_sft',
+           'main']
 
 # %% ../nbs/lib/28_sft.ipynb #b5f529e4
 from dataclasses import replace
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .base import base_items, later_sample, restore_sample, vqa_sample
-from .core import Preset, rng, torch_rng
-from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, pool, write_trace
+from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
+from .core import Preset, rng, stage_folder, torch_rng
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, own_restorations, pool, write_trace
 from .flow import sample_time
 from .model import ClearModel, freeze
 from .reward import RuleJudge
 from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
-from .train import accelerator, fit
+from .train import accelerator, averages, command, fit, global_mean, idle, own_share, ready, totals
 
 # %% ../nbs/lib/28_sft.ipynb #3a274123
 def make_examples(base:ClearModel, p:Pool, seed:int, balance:bool=True, batch:int=128)->tuple: # examples, accuracy of the base
@@ -100,21 +101,23 @@ def layer_weights(n:int)->Tensor: # (n,) summing to one
     return w/w.sum()
 
 # %% ../nbs/lib/28_sft.ipynb #85dccfe7
-def distill(h)->Tensor: # h: model.Hidden with layers kept
+def distill(h, acc=None)->Tensor: # h: model.Hidden with layers kept
     "Mean L_KL over all pairs of a batch; zero (with a graph) when no pair is there"
     pairs = h.packed.pairs
-    if not pairs: return h.x.sum()*0.
-    vae, vit = (torch.cat([p[k] for p in pairs]).to(h.x.device) for k in (0, 1))
-    return sum(w*kl_terms(h.at(vae, i), h.at(vit, i)).mean() for i, w in enumerate(layer_weights(len(h.layers))))
+    if not totals([len(pairs)], acc)[0]: return h.x.sum()*0.
+    vae, vit = (torch.cat([torch.zeros(0, dtype=torch.long), *(p[k].cpu() for p in pairs)]).to(h.x.device) for k in (0, 1))
+    return sum(w*global_mean(kl_terms(h.at(vae, i), h.at(vit, i)), acc) for i, w in enumerate(layer_weights(len(h.layers))))
 
 # %% ../nbs/lib/28_sft.ipynb #2a14ebda
-def sft_loss(model:ClearModel, rows:list, lambda_mse:float=.5, lambda_kl:float=.1)->tuple:
+def sft_loss(model:ClearModel, rows:list, lambda_mse:float=.5, lambda_kl:float=.1, # rows: of all processes
+             acc=None)->tuple:
     "The three losses of stage 1 from one forward pass, and their values"
-    h = model(to(pack(rows, model.shape), model.device), keep_layers=lambda_kl > 0)
-    ce = model.ce_terms(h).mean()
-    mse = model.mse_terms(h).mean() if len(h.packed.mse_at) else h.x.sum()*0.
-    kl = distill(h) if lambda_kl > 0 else torch.zeros((), device=h.x.device)
-    return ce + lambda_mse*mse + lambda_kl*kl, {k: float(v.detach()) for k, v in dict(ce=ce, mse=mse, kl=kl).items()}
+    h = model(to(pack(own_share(rows, acc), model.shape), model.device), keep_layers=lambda_kl > 0)
+    ce = global_mean(model.ce_terms(h), acc)
+    mse = global_mean(model.mse_terms(h), acc) if totals([len(h.packed.mse_at)], acc)[0] else h.x.sum()*0.
+    kl = distill(h, acc) if lambda_kl > 0 else torch.zeros((), device=h.x.device)
+    logs = {k: float(v.detach()) for k, v in dict(ce=ce, mse=mse, kl=kl).items()}
+    return ce + lambda_mse*mse + lambda_kl*kl + idle(model, h, acc), averages(logs, acc)
 
 # %% ../nbs/lib/28_sft.ipynb #d3aa2185
 KINDS = dict(clear='both', text='vit', matched='both')
@@ -139,14 +142,30 @@ def stage_rows(model:ClearModel, p:Pool, groups:list, replayed:Pool|None, preset
 # %% ../nbs/lib/28_sft.ipynb #b6e301fb
 def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0, kind:str='clear',
               own:dict=None, replayed:Pool=None, # replayed: of `replay_pool`
-              acc=None, state=None)->list:
+              acc=None, state=None, done=None, # of `train.fit`
+             )->list:
     "Stage 1 in place; only the decoder learns, ViT and VAE stay frozen; returns the history"
     if kind not in KINDS: raise ValueError(f'unknown kind {kind!r}; use clear, text or matched')
     acc, s = acc or accelerator(), preset.sft
     groups = by_image(examples if kind == 'clear' else [as_direct(p, e, seed) for e in examples])
-    freeze(model.to(acc.device), 'vae.', 'vit_model.')
+    run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)
     def loss(step):
         g, t = rng('sft', kind, seed, step), torch_rng('sft', kind, seed, step)
         rows = stage_rows(model, p, groups, replayed, preset, s.batch, g, t, KINDS[kind], own, s.own)
-        return sft_loss(model, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0.)
-    return fit(model, loss, s.steps, s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, desc=f'SFT {kind}')
+        return run(lambda m: sft_loss(m, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., acc))
+    return fit(model, loss, s.steps, s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
+               desc=f'SFT {kind}', done=done)
+
+# %% ../nbs/lib/28_sft.ipynb #4e72dbe1
+def main(argv:list=None):
+    "Stage 1: accelerate launch -m clear_nb.sft params/tiny.yaml --seed 0"
+    p, seed = command(argv, main.__doc__)
+    acc, base, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
+    labelled = pool(base, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
+    with acc.autocast():
+        examples, _ = make_examples(base, labelled, seed, p.sft.balance)
+        own = own_restorations(base, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
+    train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
+              state=folder.with_name('sft_state.pt'), done=lambda m: m.save_pretrained(folder, torch.float16))
+
+if __name__ == '__main__' and '__file__' in globals(): main()

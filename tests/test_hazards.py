@@ -241,8 +241,8 @@ def test_hazard_12_nan(toy, monkeypatch):
     state = {k: v.clone() for k, v in toy.model.state_dict().items()}
     plain = grpo.rollout_batch
     for kind in (0, 1):
-        def broken(model, pool, pairs, cfg, seed, step, chunk=None):
-            out = plain(model, pool, pairs, cfg, seed, step, chunk)
+        def broken(model, pool, pairs, cfg, seed, step, chunk=None, first=0):
+            out = plain(model, pool, pairs, cfg, seed, step, chunk, first)
             return spoil(out, next(i for i, r in enumerate(out) if len(r.restorations) == kind))
         monkeypatch.setattr(grpo, 'rollout_batch', broken)
         with pytest.raises(FloatingPointError, match=r'grpo, step 0: .* of trajectory \d+ \(.*its record is not finite\)$'):

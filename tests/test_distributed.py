@@ -1,0 +1,120 @@
+"""One process and two give the same training, under DDP and FSDP 2, on a CPU with gloo; a fault on one of them stops both."""
+import copy
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from clear_nb import grpo, sft
+from clear_nb.core import ROOT
+from clear_nb.train import accelerator
+from stage_toys import STAGES, half_restoring, smoke, train, train_by_halves, world
+from torch.distributed.tensor import DTensor
+
+STEPS = 5
+FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_TRANSFORMER_CLS_TO_WRAP='Layer',
+            FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='false')
+JOBS = {'alone': (1, {}), 'fsdp': (2, FSDP), 'ddp': (2, {})}
+
+
+# ---------------------------------------------------------------- what runs in the processes
+
+def preset(): return smoke(STEPS, **{'sft.ema': .9, 'grpo.beta': .04, 'grpo.lr': 1e-3, 'grpo.prompts': 4, 'grpo.group': 3, 'grpo.max_new_tokens': 5})
+
+
+def same(made, out, acc):
+    """Every stage, with images in the first half of a batch only; history and weights go to a file."""
+    for stage in STAGES:
+        model, kept, pieces = copy.deepcopy(made[0]), {}, []
+        keep = lambda m: kept.update({k: v.clone() for k, v in m.state_dict().items()}) or pieces.append(isinstance(model.vae2llm.weight, DTensor))
+        history = train_by_halves(stage, preset(), (model, *made[1:]), acc=acc, done=keep, state=out/f'{acc.num_processes}_{stage}.pt')
+        if acc.is_main_process: torch.save((history, kept, pieces[0]), out/f'{stage}.pt')
+
+
+def faults(made, out, acc):
+    """A value that is not a number on the second process only."""
+    plain, rolls = sft.sft_loss, grpo.rollout_batch
+    def spoilt_loss(*a):
+        value, logs = plain(*a)
+        return value*(float('nan') if acc.process_index else 1.), logs
+    def spoilt_rolls(*a, **k):
+        found = half_restoring(*a, **k)
+        if acc.process_index: found[1].turns[0].logp[0] = float('nan')
+        return found
+    said = []
+    for stage, where, name, how in (('sft', sft, 'sft_loss', spoilt_loss), ('grpo', grpo, 'rollout_batch', spoilt_rolls)):
+        with patch.object(where, name, how):
+            try: train(stage, preset(), (copy.deepcopy(made[0]), *made[1:]), acc=acc)
+            except FloatingPointError as e: said.append(str(e))
+    (out/f'said{acc.process_index}').write_text('\n'.join(said))
+
+
+def child(made, out, rank, size, env, port):
+    """One process of a job."""
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+    acc = accelerator('no')
+    assert acc.num_processes == size
+    same(made, out, acc)
+    if size > 1: faults(made, out, acc)
+    acc.end_training()
+
+
+def main(out):
+    """All jobs, each in processes forked from this one, which has made the model and never trains."""
+    made = world(preset())
+    for name, (size, env) in JOBS.items():
+        (out/name).mkdir()
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        ids = {}
+        for rank in range(size):
+            if not (pid := os.fork()):
+                code = 1
+                try: child(made, out/name, rank, size, env, port); code = 0
+                finally:
+                    if code: traceback.print_exc()
+                    os._exit(code)
+            ids[pid] = rank
+        for pid in ids:
+            if os.waitpid(pid, 0)[1]: sys.exit(f'{name}: process {ids[pid]} failed')
+
+
+if __name__ == '__main__': main(Path(sys.argv[1]))
+
+
+# ---------------------------------------------------------------- what is expected of them
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    """Histories, weights and messages of all jobs."""
+    out = tmp_path_factory.mktemp('distributed')
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, __file__, str(out)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize('engine', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('stage', STAGES)
+def test_one_process_is_two(results, engine, stage):
+    """Loss within 1e-6 of its size at every step, weights within 1e-5 after five; one process has no image in its rows."""
+    (want, weights, _), (found, others, pieces) = (torch.load(results/job/f'{stage}.pt') for job in ('alone', engine))
+    assert pieces == (engine == 'fsdp')
+    for a, b in zip(want, found, strict=True):
+        assert a.keys() == b.keys()
+        for k in a: assert k.startswith('s_') or b[k] == pytest.approx(a[k], rel=1e-6 if k == 'loss' else 1e-4, abs=1e-6), k
+    assert stage != 'grpo' or {a['trigger'] for a in want} > {0.} and any('flow_ratio' in a for a in want)
+    assert max(a['grad_norm'] for a in want) > 1e-2 and weights.keys() == others.keys()
+    assert max((weights[k].float() - others[k].float()).abs().max().item() for k in weights) < 1e-5
+
+
+@pytest.mark.parametrize('engine', ['ddp', 'fsdp'])
+def test_a_fault_stops_all(results, engine):
+    """What is not a number on one process ends both, with the same words; a trajectory is named by its number in the step."""
+    first, second = ((results/engine/f'said{k}').read_text().splitlines() for k in (0, 1))
+    assert first == second and first[0].startswith('SFT clear, step 0: the loss is nan')
+    assert 'because of trajectory 7 (' in first[1] and 'its record is not finite' in first[1] and 'more' not in first[1]

@@ -1,0 +1,93 @@
+"""Stages from the command line, configurations of accelerate, and the options of the preset's section `train`."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from clear_nb import base, bridge, grpo, sft
+from clear_nb.core import PATHS, find_stage
+from clear_nb.model import ClearModel
+from clear_nb.train import accelerator, add_lora, merge_lora, parallel, ready, trainable
+from stage_toys import smoke, train, world
+
+CONFIGS = sorted((PATHS.params/'accelerate').glob('*.yaml'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config(path):
+    """accelerate reads every file and takes it for what its name says."""
+    config = load_config_from_file(str(path))
+    kind = dict(single_gpu=DistributedType.NO, fsdp2=DistributedType.FSDP, zero3=DistributedType.DEEPSPEED)[path.stem]
+    assert DistributedType(config.distributed_type) == kind and config.mixed_precision == 'bf16'
+    if path.stem == 'fsdp2': assert config.fsdp_config['fsdp_version'] == 2 and config.fsdp_config['fsdp_transformer_layer_cls_to_wrap'] == 'Layer'
+    if path.stem == 'zero3': assert config.deepspeed_config['zero_stage'] == 3
+
+
+def test_deepspeed_is_refused():
+    """DeepSpeed ends with one sentence that names what to use."""
+    acc = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match='DeepSpeed takes the optimiser over.*use params/accelerate/fsdp2.yaml'): parallel(torch.nn.Linear(1, 1), acc)
+
+
+def test_fsdp_1_is_refused(monkeypatch):
+    """FSDP of version 1 would run and hang or be wrong."""
+    for k, v in dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='1').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='fsdp_version: 2'): parallel(torch.nn.Linear(1, 1), SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU))
+
+
+def test_commands(monkeypatch, tmp_path):
+    """The three stages in a row, each from the checkpoint of the one before; nothing else is left."""
+    monkeypatch.setattr(PATHS, 'runs', tmp_path)
+    monkeypatch.setattr(base, 'ROOT', tmp_path) # for what is printed
+    for stage, module in dict(sft=sft, bridge=bridge, grpo=grpo).items():
+        module.main([str(PATHS.params/'smoke.yaml'), '--seed', '1'])
+        assert find_stage('smoke', 1, stage) == tmp_path/'smoke'/'seed1'/stage
+        ClearModel.from_pretrained(find_stage('smoke', 1, stage))
+    assert {p.name for p in (tmp_path/'smoke'/'seed1').iterdir()} <= {'sft', 'bridge', 'grpo', 'logs'}
+
+
+@pytest.fixture(scope='module')
+def made(): return world(smoke(2))
+
+
+def weights(stage, made, **changes):
+    """State of a model after two updates."""
+    model = copy.deepcopy(made[0])
+    train(stage, smoke(2, **changes), (model, *made[1:]), acc=accelerator('no'))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize('stage', ['sft', 'grpo'])
+def test_checkpointing(made, stage):
+    """Layers computed twice, the same bits."""
+    want, found = weights(stage, made), weights(stage, made, **{'train.checkpointing': True})
+    assert all(torch.equal(v, found[k]) for k, v in want.items())
+
+
+@pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
+def test_lora(made, stage):
+    """Only the decoder's projections move, in both experts, by a matrix of the rank; the model has its own names again."""
+    before, after = made[0].state_dict(), weights(stage, made, **{'train.lora': 2, f'{stage}.lr': 1e-2})
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert before.keys() == after.keys() and moved and all('layers' in k and '_proj' in k and k.endswith('.weight') for k in moved)
+    assert any('_moe_gen' in k for k in moved) and any('_moe_gen' not in k for k in moved)
+    assert all(torch.linalg.matrix_rank(after[k] - before[k], atol=1e-5) <= 2 for k in moved)
+
+
+def test_lora_start(made):
+    """Adapters change nothing at first, are the same each time, and merge back exactly."""
+    a, b = copy.deepcopy(made[0]), copy.deepcopy(made[0])
+    for m in (a, b): add_lora(m, 4)
+    assert all(torch.equal(p, trainable(b)[k]) and 'lora_' in k for k, p in trainable(a).items())
+    merge_lora(a)
+    assert all(torch.equal(v, a.state_dict()[k]) for k, v in made[0].state_dict().items())
+
+
+def test_lora_and_fsdp(made, monkeypatch):
+    """Not together, and said before anything is changed."""
+    for k, v in dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='LoRA fits one GPU'):
+        ready(made[0], SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU), smoke(**{'train.lora': 2}).train)
+    assert not any('lora' in k for k, _ in made[0].named_parameters())

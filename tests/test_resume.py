@@ -1,0 +1,107 @@
+"""A killed run goes on exactly where it was; damaged and foreign states are named."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from clear_nb.core import ROOT
+from clear_nb.train import accelerator, fit, last_state, read_state, save_state, states
+from test_train import toy
+
+
+def test_kill():
+    """Three kills with SIGKILL, in an update, in rollouts and while a state is written, end at the weights of an undisturbed run."""
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, str(ROOT/'tests'/'kill_resume.py'), '3', '--seed', '20'], env=env, capture_output=True, text=True, timeout=300)
+    rows = [r.split() for r in done.stdout.splitlines()[1:]]
+    assert done.returncode == 0 and {r[0] for r in rows} == {'saving', 'update', 'rollouts'} and {r[-1] for r in rows} == {'yes'}, done.stdout + done.stderr[-2000:]
+
+
+def train(path, stop=None, **how):
+    """The toy model, with a state after every step, and a stop."""
+    net, loss = toy()
+    torch.nn.init.zeros_(net.bias)
+    def stopped(step):
+        if step == stop: raise InterruptedError
+        return loss(step)
+    try: history = fit(net, stopped, 8, .1, ema=.9, acc=accelerator('no'), state=path, save_seconds=0., **how)
+    except InterruptedError: return None
+    return net.weight.detach().clone(), history
+
+
+def flip(path):
+    """One bit of the last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('spoil', [flip, lambda f: os.truncate(f, 100), lambda f: f.write_bytes(b''), lambda f: os.truncate(f, f.stat().st_size - 4)])
+def test_damaged_state(tmp_path, spoil):
+    """The newest state cannot be used: it is named, and the one before it leads to the same weights and history."""
+    want = train(tmp_path/'a.pt')
+    train(tmp_path/'b.pt', stop=5)
+    newest, before = states(tmp_path/'b.pt')
+    spoil(newest)
+    with pytest.warns(UserWarning, match=f'{newest.name}.*; going on from the state before it'): weights, history = train(tmp_path/'b.pt')
+    assert before.name == 'b-00000004.safetensors' and torch.equal(weights, want[0]) and history == want[1] and not list(tmp_path.iterdir())
+
+
+def test_no_state_left(tmp_path):
+    """When none can be read the run stops and says what to delete."""
+    train(tmp_path/'s.pt', stop=3)
+    for f in states(tmp_path/'s.pt'): f.write_bytes(b'')
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='delete s-00000003.safetensors, s-00000002.safetensors to start again'): train(tmp_path/'s.pt')
+
+
+def test_state_of_another_run(tmp_path):
+    """Other numbers, other run."""
+    train(tmp_path/'s.pt', stop=3)
+    with pytest.raises(ValueError, match="of another run .*'warmup': 0.*'warmup': 2.*delete them"): train(tmp_path/'s.pt', warmup=2)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """A state that could not be written leaves no file behind and the older ones in place."""
+    train(tmp_path/'s.pt', stop=3)
+    def full(tensors, path, info): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('clear_nb.train.save_file', full)
+    with pytest.raises(OSError, match='No space'): train(tmp_path/'s.pt')
+    assert [f.name for f in states(tmp_path/'s.pt')] == ['s-00000003.safetensors', 's-00000002.safetensors'] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_states_outlive_a_failed_save(tmp_path):
+    """Only when the trained model has been handed over do its states go."""
+    def fails(model): raise OSError('no room')
+    with pytest.raises(OSError, match='no room'): train(tmp_path/'s.pt', done=fails)
+    assert states(tmp_path/'s.pt')[0].name == 's-00000008.safetensors'
+    saved = []
+    weights, history = train(tmp_path/'s.pt', done=lambda m: saved.append(m.weight.detach().clone()))
+    assert torch.equal(saved[0], weights) and len(history) == 8 and not states(tmp_path/'s.pt')
+
+
+def test_kept_states(tmp_path):
+    """A new state replaces all but the one before it, also one that claims to be newer."""
+    for step in (1, 2, 3, 9): save_state(tmp_path/'s.pt', step, dict(x=torch.tensor(float(step))), {})
+    save_state(tmp_path/'s.pt', 4, dict(x=torch.tensor(4.)), dict(note='kept'))
+    assert [f.name[2:10] for f in states(tmp_path/'s.pt')] == ['00000004', '00000003']
+    tensors, info = read_state(states(tmp_path/'s.pt')[0])
+    assert tensors['x'] == 4 and info['note'] == 'kept' and last_state(tmp_path/'other.pt') is None
+
+
+def test_global_generator(tmp_path):
+    """A loss that draws from torch's own generator goes on with the numbers it would have drawn."""
+    def noisy(path, stop=None):
+        net, _ = toy()
+        def loss(step):
+            if step == stop: raise InterruptedError
+            return (net(torch.randn(4, 2)) - 1).square().mean(), {}
+        try: fit(net, loss, 6, .1, acc=accelerator('no'), state=path, save_seconds=0.)
+        except InterruptedError: pass
+        return net.weight
+    torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+    want = noisy(tmp_path/'a.pt')
+    torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+    noisy(tmp_path/'b.pt', 3)
+    torch.rand(7)
+    assert torch.equal(noisy(tmp_path/'b.pt'), want)
