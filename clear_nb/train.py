@@ -201,7 +201,7 @@ def merge_lora(model:nn.Module):
 # %% ../nbs/lib/26_train.ipynb #ce3e552d
 def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the callable of `parallel`
     "A frozen-as-wanted ClearModel, ready for the loop. ValueError for LoRA under FSDP"
-    model.mot.checkpointing = cfg.checkpointing
+    model.mot.checkpointing, model.row_tokens = cfg.checkpointing, cfg.row_tokens
     if cfg.lora and not alone(acc) and fsdp_settings(acc): raise ValueError('LoRA fits one GPU and does not go with FSDP; set train.lora to 0 or launch with DDP')
     if cfg.lora: add_lora(model, cfg.lora)
     return parallel(model, acc)
