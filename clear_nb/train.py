@@ -330,7 +330,7 @@ def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str
     norm = full(nn.utils.get_total_norm([p.grad for p in moved]))
     nn.utils.clip_grads_with_norm_(moved, clip, norm)
     if not torch.isfinite(norm): raise FloatingPointError(f'{where}: the gradient norm is {norm.item()}; lower the learning rate or look at the batch')
-    opt.step()
+    opt.step(); opt.zero_grad(set_to_none=True) # now, so that no gradient lies beside the next forward pass
     return value, float(norm)
 
 # %% ../nbs/lib/26_train.ipynb #14a85d44
