@@ -452,7 +452,7 @@ def main(argv:list=None):
     folder = stage_folder(p.name, seed, 'grpo')
     acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
     labelled = make_pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
-    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m: m.save_pretrained(folder, torch.float16))
+    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16))
     acc.end_training()
 
 if __name__ == '__main__' and '__file__' in globals(): main()

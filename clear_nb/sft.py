@@ -166,6 +166,6 @@ def main(argv:list=None):
         examples, _ = make_examples(base, labelled, seed, p.sft.balance)
         own = own_restorations(base, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
     train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
-              state=folder.with_name('sft_state.pt'), done=lambda m: m.save_pretrained(folder, torch.float16))
+              state=folder.with_name('sft_state.pt'), done=lambda m, _: m.save_pretrained(folder, torch.float16))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

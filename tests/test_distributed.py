@@ -32,7 +32,7 @@ def same(made, out, acc):
     p = preset(**{'train.row_tokens': 2000*(out.name == 'packed')})
     for stage in STAGES:
         model, kept, pieces = copy.deepcopy(made[0]), {}, []
-        keep = lambda m: kept.update({k: v.clone() for k, v in m.state_dict().items()}) or pieces.append(isinstance(model.vae2llm.weight, DTensor))
+        keep = lambda m, history: kept.update({k: v.clone() for k, v in m.state_dict().items()}) or pieces.append(isinstance(model.vae2llm.weight, DTensor))
         history = train_by_halves(stage, p, (model, *made[1:]), acc=acc, done=keep, state=out/f'{acc.num_processes}_{stage}.pt')
         if acc.is_main_process: torch.save((history, kept, pieces[0]), out/f'{stage}.pt')
 
