@@ -66,7 +66,7 @@ def measure(shape, rows, said):
     memory, speed = alone(shape, rows, said, MALLOC_MMAP_THRESHOLD_='65536'), alone(shape, rows, said) # 65536: freed tensors go back at once
     cfg, side = small_config(shape), SHAPES[shape][-1]
     t = Tokens(side**2 + 2, side**2 + 2, 40, said + 4)
-    plan = Plan(micro=rows, checkpoint=False, dtype=torch.float32)
+    plan = Plan(micro=rows, checkpoint=False, foreach=False, dtype=torch.float32)
     return dict(shape=shape, rows=rows, said=said, estimated=training_memory(cfg, t.all, t.said, plan)['total'], **speed | dict(measured=memory['measured']))
 
 def main(argv=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from . import scenes
-from .core import ROOT, Preset, find_stage, rng, torch_rng
+from .core import ROOT, Preset, atomic_path, find_stage, rng, torch_rng
 from .data import (Item, Pool, answers, ask_ids, context, easy_items, encode, ids, labelled_items, own_restorations, pool, scene_items, spoil,
                            thought, train_tokenizer, write_trace)
 from .degrade import CORRUPTIONS, TRAIN_WEIGHTS, sample_corruption
@@ -23,7 +23,7 @@ from .flow import sample_time
 from .model import ClearConfig, ClearModel, freeze, init_weights
 from .reward import RuleJudge
 from .trajectory import MARKER, Gap, Text, Vae as VaeSegment, pack, to
-from .train import accelerator, fit
+from .train import accelerator, drop_states, fit
 from .vae import Vae, fit_scale, kl_to_normal
 
 # %% ../nbs/lib/27_base.ipynb #4d05fe7d
@@ -58,7 +58,7 @@ def vae_loss(vae:Vae, x:Tensor, # (B, 3, H, W)
 
 # %% ../nbs/lib/27_base.ipynb #fd134991
 def train_vae(model:ClearModel, images:Tensor, # (n, 3, H, W) uint8, clean and degraded
-              preset:Preset, seed:int=0, acc=None, state=None)->list:
+              preset:Preset, seed:int=0, acc=None, state=None, done=None)->list: # state, done: of `train.fit`
     "Train the model's autoencoder in place, then standardise its latents; returns the history"
     acc, b = acc or accelerator(), preset.base
     vae = model.vae = Vae(replace(model.cfg.vae, scale=1., shift=0.), torch_rng('vae', seed)).to(acc.device, memory_format=torch.channels_last)
@@ -66,11 +66,12 @@ def train_vae(model:ClearModel, images:Tensor, # (n, 3, H, W) uint8, clean and d
         i = torch.randint(len(images), (b.vae_batch,), generator=torch_rng('vae batch', seed, step))
         x = (images[i].to(acc.device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
         return vae_loss(vae, x, torch_rng('vae noise', seed, step, device=acc.device))
-    history = fit(vae, loss, b.vae_steps, b.vae_lr, b.vae_steps//20, acc=acc, state=state, desc='VAE')
-    scale, shift = fit_scale(vae, images[:1024].to(acc.device).float()/127.5 - 1)
-    model.cfg = replace(model.cfg, vae=replace(model.cfg.vae, scale=round(scale, 4), shift=round(shift, 4)))
-    vae.cfg = model.cfg.vae
-    return history
+    def standardise(_, history):
+        scale, shift = fit_scale(vae, images[:1024].to(acc.device).float()/127.5 - 1)
+        model.cfg = replace(model.cfg, vae=replace(model.cfg.vae, scale=round(scale, 4), shift=round(shift, 4)))
+        vae.cfg = model.cfg.vae
+        if done: done(model, history)
+    return fit(vae, loss, b.vae_steps, b.vae_lr, b.vae_steps//20, acc=acc, state=state, desc='VAE', done=standardise)
 
 # %% ../nbs/lib/27_base.ipynb #6ff5836a
 INPUTS = ('vit', 'vae', 'both')
@@ -143,14 +144,14 @@ def base_loss(model:ClearModel, vqa:list, restore:list)->tuple:
 # %% ../nbs/lib/27_base.ipynb #4335deee
 PARTS = ('pictures', 'later', 'text') # of stage 0, by what is new in each
 
-def train_base(model:ClearModel, p:Pool, preset:Preset, seed:int=0, acc=None, state=None, part:str='pictures')->list:
+def train_base(model:ClearModel, p:Pool, preset:Preset, seed:int=0, acc=None, state=None, part:str='pictures', done=None)->list:
     "A part of stage 0 in place: everything but the autoencoder learns; returns the history"
     acc, b, k = acc or accelerator(), preset.base, PARTS.index(part)
     counts = b.steps, b.more_steps, b.text_steps
     steps, lr, first = counts[k], b.more_lr if k else b.lr, sum(counts[:k])
     freeze(model.to(acc.device), 'vae.')
     return fit(model, lambda step: base_loss(model, *base_batch(model, p, preset, seed, first + step)), steps, lr, b.warmup,
-               ema=b.ema, weight_decay=.01, acc=acc, state=state, desc=f'base, {part}')
+               ema=b.ema, weight_decay=.01, acc=acc, state=state, desc=f'base, {part}', done=done)
 
 # %% ../nbs/lib/27_base.ipynb #05a449e8
 KILLERS = ('lens_blur', 'motion_blur', 'atmospheric_turbulence', 'dark_illumination', 'scan_lines')
@@ -171,21 +172,23 @@ def stack(items:list)->Tensor: # (2n, 3, H, W) uint8
 
 # %% ../nbs/lib/27_base.ipynb #faaed91e
 def part(model:ClearModel, folder:Path|None, train)->tuple: # model, history
-    "Run `train(model)`, or read model and history back if `folder` has them"
-    done = folder and folder/'history.json'
-    if done and done.exists(): return ClearModel.from_pretrained(folder), json.loads(done.read_text())
-    history = train(model)
-    if folder: model.save_pretrained(folder)
-    if done: done.write_text(json.dumps(history))
-    return model, history
+    "Run `train(model, state, done)`, or read model and history back if `folder` has them"
+    if not folder: return model, train(model, None, None)
+    file, state = folder/'history.json', folder.with_name(f'{folder.name}_state.pt')
+    def done(trained, history):
+        trained.save_pretrained(folder)
+        with atomic_path(file) as tmp: tmp.write_text(json.dumps(history))
+    if not file.exists(): return model, train(model, state, done)
+    drop_states(state)
+    return ClearModel.from_pretrained(folder), json.loads(file.read_text())
 
 def train_stage0(preset:Preset, seed:int=0, folder:Path=None)->tuple: # model, {part: history}
     "Train the embedded base from nothing; `folder` keeps what is needed to go on after a kill"
     acc, items, histories = accelerator(), base_items(preset, seed), {}
     at = lambda name: folder and folder/name
-    model, histories['vae'] = part(new_model(preset, seed), at('vae'), lambda m: train_vae(m, stack(items), preset, seed, acc, at('state.pt')))
+    model, histories['vae'] = part(new_model(preset, seed), at('vae'), lambda m, *how: train_vae(m, stack(items), preset, seed, acc, *how))
     p = pool(model.to(acc.device), items, 'latents')
-    for name in PARTS: model, histories[name] = part(model, at(name), lambda m: train_base(m, p, preset, seed, acc, at('state.pt'), name))
+    for name in PARTS: model, histories[name] = part(model, at(name), lambda m, state, done: train_base(m, p, preset, seed, acc, state, name, done))
     return model.to(acc.device), histories
 
 # %% ../nbs/lib/27_base.ipynb #23916e7f

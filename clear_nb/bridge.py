@@ -41,6 +41,6 @@ def main(argv:list=None):
         examples, _ = make_examples(load_stage(p, seed, 'base'), labelled, seed, p.sft.balance)
         own = own_restorations(model, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
     train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'),
-                 lambda m: m.save_pretrained(folder, torch.float16))
+                 lambda m, _: m.save_pretrained(folder, torch.float16))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

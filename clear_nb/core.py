@@ -157,6 +157,7 @@ class Train:
     save_seconds:float = 120. # between two saved states; 0: after every update
     checkpointing:bool = False # compute a layer's activations twice instead of keeping them
     lora:int = 0 # rank of LoRA adapters in stages 1 to 3; 0: every weight of the decoder trains
+    row_tokens:int = 0 # tokens of a row that several trajectories share (see trajectory.first_fit); 0: one row each
 
 # %% ../nbs/lib/00_core.ipynb #5783faa7
 @dataclass(frozen=True)

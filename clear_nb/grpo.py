@@ -272,7 +272,7 @@ def flow_terms(model:ClearModel, h:Hidden, samples:list, o:Objective)->tuple: # 
 def joint_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None, acc=None)->tuple: # scalar with a graph, details
     "L_GRPO + λ L_Flow of some members of a batch, from one forward pass (paper §3.4); ValueError for β > 0 without a reference"
     if o.beta and ref is None: raise ValueError('beta > 0 pulls towards a reference; pass reference(model), made before the first update')
-    p = to(pack([rollout_segments(s.rollout, s.steps) for s in samples], model.shape), model.device)
+    p = to(pack([rollout_segments(s.rollout, s.steps) for s in samples], model.shape, row_tokens=model.row_tokens), model.device)
     h = model(p)
     text, details = text_terms(model, h, samples, o, ref)
     image, more = flow_terms(model, h, samples, o) if len(p.mse_at) else (torch.zeros_like(text), {})
@@ -452,7 +452,7 @@ def main(argv:list=None):
     folder = stage_folder(p.name, seed, 'grpo')
     acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
     labelled = make_pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
-    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m: m.save_pretrained(folder, torch.float16))
+    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16))
     acc.end_training()
 
 if __name__ == '__main__' and '__file__' in globals(): main()

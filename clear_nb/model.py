@@ -113,6 +113,7 @@ class ClearModel(nn.Module):
         llm = qwen2(cfg)
         D, d = llm.hidden_size, cfg.vae.z*cfg.latent_patch**2
         self.cfg, self.shape, self.tokenizer = cfg, shape_of(cfg), tokenizer
+        self.row_tokens = 0 # budget of `pack` in training; 0: one row per trajectory
         self.language_model = nn.Module()
         self.language_model.model, self.language_model.lm_head = Mot(llm), Head(D, llm.vocab_size, cfg.text_ids)
         self.vit_model, self.connector = Vit(cfg.vit), Connector(cfg)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['part_of', 'count_parameters', 'saved_bytes', 'layer_bytes', 'Tokens', 'picture_tokens', 'trajectory_tokens', 'Plan',
-           'lora_parameters', 'state_bytes', 'pass_bytes', 'training_memory', 'forward_flops', 'training_flops',
-           'kv_bytes', 'Gpu', 'train_seconds', 'decode_seconds', 'answer_seconds', 'stage_table', 'bench_cost']
+           'lora_parameters', 'copy_bytes', 'state_bytes', 'gradient_bytes', 'pass_bytes', 'training_memory',
+           'forward_flops', 'training_flops', 'kv_bytes', 'Gpu', 'train_seconds', 'decode_seconds', 'answer_seconds',
+           'stage_table', 'bench_cost']
 
 # %% ../nbs/lib/46_scale.ipynb #b42b5cfc
 from dataclasses import asdict, dataclass, replace
@@ -99,6 +100,8 @@ class Plan:
     gpus:int = 1
     micro:int = 1 # trajectories of one GPU in one pass
     checkpoint:bool = True # gradient checkpointing
+    pieces:int = 1 # passes per update
+    foreach:bool = True # AdamW takes all tensors at once, torch's way on a GPU
     ema:bool = False; reference:bool = False # copies of the trained weights
     lora:int = 0 # rank; 0: all decoder weights learn
     dtype:torch.dtype = torch.bfloat16 # of the activations
@@ -111,12 +114,23 @@ def lora_parameters(cfg:ClearConfig, rank:int)->int:
     return llm.num_hidden_layers*sum(rank*sum(p.shape) for p in layer.parameters() if p.ndim == 2)
 
 # %% ../nbs/lib/46_scale.ipynb #6f00be02
-def state_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
-    "Weights, gradients, moments and copies"
+def _own(cfg:ClearConfig)->tuple: # trained and frozen parameters, without LoRA
     n = count_parameters(cfg)
-    frozen, own = n['vit'] + n['vae'], sum(n.values()) - n['vit'] - n['vae']
-    if plan.lora: return (2*own + 4*frozen + lora_parameters(cfg, plan.lora)*(16 + 4*plan.ema))/plan.gpus
-    return (own*(16 + 4*plan.ema + 4*plan.reference) + 4*frozen)/plan.gpus
+    return sum(n.values()) - n['vit'] - n['vae'], n['vit'] + n['vae']
+
+def copy_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
+    "What is trained, once, in fp32"
+    return 4*(lora_parameters(cfg, plan.lora) if plan.lora else _own(cfg)[0])/plan.gpus
+
+def state_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
+    "Weights, moments and copies: what stays between two updates"
+    own, frozen = _own(cfg)
+    fixed = 4*frozen + 2*own*(plan.lora > 0)
+    return fixed/plan.gpus + copy_bytes(cfg, plan)*(3 + plan.ema + (plan.reference and not plan.lora))
+
+def gradient_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
+    "Gradients when they are added up or used"
+    return copy_bytes(cfg, plan)*(3 if plan.pieces > 1 else 1 + plan.foreach)
 
 # %% ../nbs/lib/46_scale.ipynb #b39fc46f
 def pass_bytes(cfg:ClearConfig, tokens:float, labels:float, # of one GPU in one pass, padding counted
@@ -131,8 +145,9 @@ def pass_bytes(cfg:ClearConfig, tokens:float, labels:float, # of one GPU in one 
 # %% ../nbs/lib/46_scale.ipynb #b39fc401
 def training_memory(cfg:ClearConfig, tokens:float, labels:float, plan:Plan)->dict: # bytes per GPU
     "Peak memory of a training step by part"
-    out = dict(state=state_bytes(cfg, plan), passes=pass_bytes(cfg, tokens*plan.micro, labels*plan.micro, plan))
-    return out | dict(total=sum(out.values()))
+    out = dict(state=state_bytes(cfg, plan), gradients=gradient_bytes(cfg, plan), passes=pass_bytes(cfg, tokens*plan.micro, labels*plan.micro, plan))
+    waiting = copy_bytes(cfg, plan) if plan.pieces > 1 else 0
+    return out | dict(total=out['state'] + max(out['gradients'], waiting + out['passes']))
 
 # %% ../nbs/lib/46_scale.ipynb #1641980a
 def forward_flops(cfg:ClearConfig, und:float, gen:float, # tokens of each expert
@@ -195,7 +210,7 @@ def stage_table(p:Preset, gpus:int, w:int, h:int, question:int, said:int, gpu:Gp
     row('sft', p.sft.steps*p.sft.batch, Plan(gpus, ema=True))
     row('bridge', p.bridge.steps*p.bridge.batch, Plan(gpus, ema=True))
     n, each = g.steps*g.prompts*g.group, max(1, g.prompts*g.group//gpus)
-    row('grpo', n, Plan(gpus, reference=g.beta > 0), n/each/gpus*sum(answer_seconds(cfg, at('grpo'), g.denoise_steps, each, gpu).values()))
+    row('grpo', n, Plan(gpus, pieces=each, reference=g.beta > 0), n/each/gpus*sum(answer_seconds(cfg, at('grpo'), g.denoise_steps, each, gpu).values()))
     return rows
 
 # %% ../nbs/lib/46_scale.ipynb #22f83681

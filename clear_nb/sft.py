@@ -112,7 +112,7 @@ def distill(h, acc=None)->Tensor: # h: model.Hidden with layers kept
 def sft_loss(model:ClearModel, rows:list, lambda_mse:float=.5, lambda_kl:float=.1, # rows: of all processes
              acc=None)->tuple:
     "The three losses of stage 1 from one forward pass, and their values"
-    h = model(to(pack(own_share(rows, acc), model.shape), model.device), keep_layers=lambda_kl > 0)
+    h = model(to(pack(own_share(rows, acc), model.shape, row_tokens=model.row_tokens), model.device), keep_layers=lambda_kl > 0)
     ce = global_mean(model.ce_terms(h), acc)
     mse = global_mean(model.mse_terms(h), acc) if totals([len(h.packed.mse_at)], acc)[0] else h.x.sum()*0.
     kl = distill(h, acc) if lambda_kl > 0 else torch.zeros((), device=h.x.device)
@@ -166,6 +166,6 @@ def main(argv:list=None):
         examples, _ = make_examples(base, labelled, seed, p.sft.balance)
         own = own_restorations(base, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
     train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
-              state=folder.with_name('sft_state.pt'), done=lambda m: m.save_pretrained(folder, torch.float16))
+              state=folder.with_name('sft_state.pt'), done=lambda m, _: m.save_pretrained(folder, torch.float16))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'LORA', 'lr_at', 'trainable', 'Ema', 'tracker_name', 'fas
            'everyone', 'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete',
            'idle', 'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'generators', 'checksum', 'tensors_of',
            'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'load_state', 'optimizer', 'update',
-           'fit', 'smooth', 'plot_history']
+           'fit', 'once', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
 import argparse, json, math, os, time, warnings, weakref, zlib
@@ -201,7 +201,7 @@ def merge_lora(model:nn.Module):
 # %% ../nbs/lib/26_train.ipynb #ce3e552d
 def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the callable of `parallel`
     "A frozen-as-wanted ClearModel, ready for the loop. ValueError for LoRA under FSDP"
-    model.mot.checkpointing = cfg.checkpointing
+    model.mot.checkpointing, model.row_tokens = cfg.checkpointing, cfg.row_tokens
     if cfg.lora and not alone(acc) and fsdp_settings(acc): raise ValueError('LoRA fits one GPU and does not go with FSDP; set train.lora to 0 or launch with DDP')
     if cfg.lora: add_lora(model, cfg.lora)
     return parallel(model, acc)
@@ -330,7 +330,7 @@ def update(model, opt, loss:torch.Tensor, acc:Accelerator, clip:float, where:str
     norm = full(nn.utils.get_total_norm([p.grad for p in moved]))
     nn.utils.clip_grads_with_norm_(moved, clip, norm)
     if not torch.isfinite(norm): raise FloatingPointError(f'{where}: the gradient norm is {norm.item()}; lower the learning rate or look at the batch')
-    opt.step()
+    opt.step(); opt.zero_grad(set_to_none=True) # now, so that no gradient lies beside the next forward pass
     return value, float(norm)
 
 # %% ../nbs/lib/26_train.ipynb #14a85d44
@@ -343,13 +343,13 @@ def _saver(model, opt, ema, acc:Accelerator, state, plan:dict, history:list): # 
     return save
 
 # %% ../nbs/lib/26_train.ipynb #f531ce4a
-def _finish(model, ema, acc:Accelerator, state, done):
+def _finish(model, ema, acc:Accelerator, state, done, history:list):
     "Average and adapters into the model, hand it over, and only then drop the states"
     if ema: ema.copy_to(model)
     merge_lora(model)
     if done:
         ready = complete(model)
-        if acc.is_main_process: done(ready)
+        if acc.is_main_process: done(ready, history)
     acc.wait_for_everyone()
     if state and acc.is_main_process: drop_states(state)
 
@@ -372,7 +372,7 @@ def fit(model:nn.Module,
         save_seconds:float=120., # time between saves; 0: after every update
         desc:str='training',
         show:tuple=(), # numbers beside the progress bar; the loss and everything logged when empty
-        done=None, # called with the trained model before its states go, for example to save it
+        done=None, # called with the trained model and the history before the states go, for example to save both
        )->list: # one dict per step: step, loss, grad_norm, lr and the logged numbers
     "Train in place; afterwards the model holds the averaged weights when `ema` > 0"
     acc, opt = acc or accelerator(), optimizer(model, lr, weight_decay)
@@ -389,8 +389,25 @@ def fit(model:nn.Module,
         bar.set_postfix({k: f'{history[-1][k]:.3g}' for k in seen if k in history[-1]}, refresh=False)
         if state and totals([acc.is_main_process and time.monotonic() - saved > save_seconds], acc)[0]: save(step + 1); saved = time.monotonic()
     if state and done and first < steps: save(steps)
-    _finish(model, avg, acc, state, done)
+    _finish(model, avg, acc, state, done, history)
     return history
+
+# %% ../nbs/lib/26_train.ipynb #ea544886
+def once(folder:Path, # for the trained model; states and history lie beside it
+         plan:str, # what the run depends on, for example repr(preset)
+         train, # state, done -> history; `fit` takes and returns these
+        )->list: # history
+    "Train and save a model, or read the history back when that was done; ValueError when it was done under another plan"
+    file, state = (folder.with_name(f'{folder.name}_{end}') for end in ('history.json', 'state.pt'))
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found['plan'] != plan: raise ValueError(f'{file} is of another run ({found["plan"]}, this is {plan}); delete it to start again')
+        drop_states(state)
+        return found['history']
+    def done(model, history):
+        model.save_pretrained(folder, torch.float16)
+        with atomic_path(file) as tmp: tmp.write_text(json.dumps(dict(plan=plan, history=history)))
+    return train(state, done)
 
 # %% ../nbs/lib/26_train.ipynb #f26861cf
 def smooth(values:list, # one number per step

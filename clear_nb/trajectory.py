@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'TAGS', 'Parsed', 'parse', 'Text', 'Vit', 'Gap', 'Vae', 'drop_conditions', 'Shape', 'tokens_of', 'Packed',
-           'to', 'pack']
+           'to', 'first_fit', 'pack']
 
 # %% ../nbs/lib/18_trajectory.ipynb #628cf2d3
 import re
@@ -235,18 +235,38 @@ def _tensors(bag:_Bag, shape:Shape)->dict:
                 t=torch.tensor(bag.get('t', [])), ce_weight=torch.tensor(bag.get('ce_weight', [])),
                 vit_ids=_ids(bag.get('vit_ids'), shape.vit_side), vae_ids=_ids(bag.get('vae_ids'), shape.latent_side))
 
+# %% ../nbs/lib/18_trajectory.ipynb #9ed8d189
+def first_fit(lengths:list, # tokens of each sample
+              budget:int, # tokens of a row; a longer sample raises it
+             )->list: # rows, each a list of rising sample numbers
+    "Which samples share a row: first-fit decreasing. Raises ValueError for a budget below 1."
+    if budget < 1: raise ValueError(f'first_fit: a row of {budget} tokens holds nothing; pass the number of tokens that a row may have.')
+    rows, room, size = [], [], max(budget, *lengths)
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        r = next((r for r, left in enumerate(room) if lengths[k] <= left), len(rows))
+        if r == len(rows): rows.append([]); room.append(size)
+        rows[r].append(k); room[r] -= lengths[k]
+    return sorted(sorted(r) for r in rows)
+
 # %% ../nbs/lib/18_trajectory.ipynb #6a77bf3a
 def pack(samples:list, # list of samples, each a list of segments
          shape:Shape,
-         rows:list=None, # samples that share a row, e.g. [[0, 2], [1]]; default: one row each
+         rows:list=None, # samples that share a row, e.g. [[0, 2], [1]]; default: by `row_tokens`
          rope0=None, # (R,) first rotary position of each row, for text that continues a cache
+         row_tokens:int=0, # budget of `first_fit`; 0: one row each
         )->Packed:
     "Turn trajectories into one batch (BAGEL packing). Raises ValueError for no samples or an image that does not fit."
     if not samples: raise ValueError('pack: there is no sample to pack; pass at least one list of segments.')
-    rows = rows or [[k] for k in range(len(samples))]
+    rows = rows or _rows(samples, shape, row_tokens)
     starts = [0]*len(rows) if rope0 is None else list(map(int, rope0))
     placed = [i for r, members in enumerate(rows) for i in _place([samples[k] for k in members], shape, r, starts[r])]
-    return _assemble([i for i in placed if i['s'] is not None and i['n']], [i for i in placed if i['s'] is None], shape)
+    items = sorted((i for i in placed if i['s'] is not None and i['n']), key=lambda i: rows[i['row']][i['sample'] - 1])
+    return _assemble(items, [i for i in placed if i['s'] is None], shape)
+
+def _rows(samples:list, shape:Shape, row_tokens:int)->list:
+    "Which samples share a row."
+    if not row_tokens: return [[k] for k in range(len(samples))]
+    return first_fit([sum(tokens_of(s, shape) for s in segments) for segments in samples], row_tokens)
 
 # %% ../nbs/lib/18_trajectory.ipynb #996e1e9f
 def _assemble(items:list, ends:list, shape:Shape)->Packed: # placed segments that have tokens, ends of the rows

@@ -66,7 +66,7 @@ def run(stage, made, out, name, trap=None):
     """Train a stage to its end, or to its death; the weights go to a file."""
     if trap: trap.__enter__()
     model = copy.deepcopy(made[0])
-    save = lambda m: save_file({k: v.clone() for k, v in m.state_dict().items()}, out/f'{name}.safetensors')
+    save = lambda m, history: save_file({k: v.clone() for k, v in m.state_dict().items()}, out/f'{name}.safetensors')
     train(stage, smoke(6, **CHANGES), (model, *made[1:]), acc=accelerator('no'), state=out/f'{name}_state.pt', done=save)
 
 

@@ -254,6 +254,21 @@ def test_batch_is_a_sum(rolled):
     assert torch.allclose(twice, 2*each[1], atol=1e-6)
 
 
+@pytest.mark.parametrize('micro', [None, 6])
+@pytest.mark.parametrize('budget', [1, 150, 10_000], ids=['longest', 'some', 'all'])
+def test_shared_rows(rolled, budget, micro):
+    """Trajectories that share rows: the log-probabilities of all tokens and denoising steps, in their order, and the gradient are those of one row each."""
+    found, samples, ref = [], rolled.samples(), reference(rolled.model)
+    with torch.no_grad():
+        for m in rolled.model.parameters(): m.add_(torch.randn(m.shape, generator=torch_rng('moved', m.numel())), alpha=1e-3*m.requires_grad)
+    for rolled.model.row_tokens in (0, budget):
+        value, details = collect(rolled.model, samples, replace(rolled.o, beta=.04), ref, micro)
+        found.append([flat_gradient(rolled.model, value), *(torch.cat([d[k] for d in details if k in d]) for k in ('text', 'flow', 'kl'))])
+    rolled.model.row_tokens = 0
+    size = recorded_logp(rolled.rolls).abs().max().item() # log-ratios are differences of numbers of this size
+    for a, b in zip(*found, strict=True): assert a.norm() > 1e-5 and (a - b).abs().max() < 1e-6*max(size, a.abs().max())
+
+
 @pytest.mark.parametrize('norm', ['grpo', 'dr_grpo', 'bnpo'])
 def test_pieces(rolled, norm):
     """Any piece size gives the gradient of the whole batch, in any order of members, for every normalisation."""

@@ -1,12 +1,15 @@
 """A killed run goes on exactly where it was; damaged and foreign states are named."""
+import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from clear_nb.core import ROOT
-from clear_nb.train import accelerator, fit, last_state, read_state, save_state, states
+from clear_nb import base, train as loop
+from clear_nb.core import ROOT, load_preset, torch_rng
+from clear_nb.train import accelerator, fit, last_state, once, read_state, save_state, states
 from test_train import toy
 
 
@@ -72,12 +75,12 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_states_outlive_a_failed_save(tmp_path):
     """Only when the trained model has been handed over do its states go."""
-    def fails(model): raise OSError('no room')
+    def fails(model, history): raise OSError('no room')
     with pytest.raises(OSError, match='no room'): train(tmp_path/'s.pt', done=fails)
     assert states(tmp_path/'s.pt')[0].name == 's-00000008.safetensors'
     saved = []
-    weights, history = train(tmp_path/'s.pt', done=lambda m: saved.append(m.weight.detach().clone()))
-    assert torch.equal(saved[0], weights) and len(history) == 8 and not states(tmp_path/'s.pt')
+    weights, history = train(tmp_path/'s.pt', done=lambda m, past: saved.append(m.weight.detach().clone()) or saved.append(len(past)))
+    assert torch.equal(saved[0], weights) and saved[1] == len(history) == 8 and not states(tmp_path/'s.pt')
 
 
 def test_kept_states(tmp_path):
@@ -105,3 +108,57 @@ def test_global_generator(tmp_path):
     noisy(tmp_path/'b.pt', 3)
     torch.rand(7)
     assert torch.equal(noisy(tmp_path/'b.pt'), want)
+
+
+class Saved(torch.nn.Linear):
+    """A model that can be saved."""
+    def save_pretrained(self, folder, dtype): folder.mkdir(exist_ok=True); torch.save(self.state_dict(), folder/'w.pt')
+
+
+def staged(folder, plan='a', asked=None):
+    """The toy under `once`; `asked` gets the steps that were computed."""
+    net, asked = Saved(2, 1), [] if asked is None else asked
+    with torch.no_grad(): net.weight.zero_(); net.bias.zero_()
+    def loss(step):
+        asked.append(step)
+        return (net(torch.randn(4, 2, generator=torch_rng('staged', step))) - 1).square().mean(), {}
+    return once(folder, plan, lambda state, done: fit(net, loss, 6, .1, acc=accelerator('no'), state=state, save_seconds=0., done=done))
+
+
+@pytest.mark.parametrize('where', ['model', 'history', 'states'])
+def test_once(tmp_path, monkeypatch, where):
+    """Killed while the model is written, while the history is, or before the states go: no step is computed twice, and the history is whole."""
+    want, asked, again, write = staged(tmp_path/'other'), [], [], loop.atomic_path
+    def dies(first, *a):
+        if where != 'history' or str(first).endswith('history.json'): raise InterruptedError
+        return write(first)
+    target = dict(model=(Saved, 'save_pretrained'), history=(loop, 'atomic_path'), states=(loop, 'drop_states'))[where]
+    with monkeypatch.context() as m:
+        m.setattr(*target, dies)
+        with pytest.raises(InterruptedError): staged(tmp_path/'s', asked=asked)
+    assert staged(tmp_path/'s', asked=again) == want and asked == list(range(6)) and again == []
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['other', 'other_history.json', 's', 's_history.json']
+    with pytest.raises(ValueError, match='another run .*delete it'): staged(tmp_path/'s', plan='b')
+
+
+@pytest.mark.parametrize('moment', ['history', 'states'])
+def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
+    """Killed when a part is trained and not yet written down, stage 0 goes on without computing it again."""
+    p, write, steps, last = load_preset('smoke'), base.atomic_path, [], dict(history='pictures/history.json', states='pictures_state.pt')[moment]
+    drop = loop.drop_states
+    def dies(path):
+        if str(path).endswith(last): raise InterruptedError
+        return (write if moment == 'history' else drop)(path)
+    small = replace(p, base=replace(p.base, vae_steps=2, steps=2, more_steps=1, text_steps=1))
+    counted, made, world = base.base_loss, base.new_model(p, 0, 50), base.base_items(p, 0)
+    monkeypatch.setattr(base, 'new_model', lambda *a: copy.deepcopy(made))
+    monkeypatch.setattr(base, 'base_items', lambda *a: world)
+    monkeypatch.setattr(base, 'base_loss', lambda *a: (steps.append(1), counted(*a))[1])
+    with monkeypatch.context() as m:
+        m.setattr(*((base, 'atomic_path') if moment == 'history' else (loop, 'drop_states')), dies)
+        with pytest.raises(InterruptedError): base.train_stage0(small, 0, tmp_path/'parts')
+    model, histories = base.train_stage0(small, 0, tmp_path/'parts')
+    assert len(steps) == 4 and {k: len(h) for k, h in histories.items()} == dict(vae=2, pictures=2, later=1, text=1)
+    assert sorted(f.name for f in (tmp_path/'parts').iterdir()) == ['later', 'pictures', 'text', 'vae']
+    again, same = base.train_stage0(small, 0, tmp_path/'parts')
+    assert same == histories and len(steps) == 4 and torch.equal(again.vae2llm.weight, model.vae2llm.weight)

@@ -5,7 +5,7 @@ from clear_nb.core import ROOT, load_preset
 from clear_nb.model import ClearConfig
 from clear_nb.mot import Layer
 from clear_nb.model import qwen2
-from clear_nb.scale import Plan, count_parameters, layer_bytes, lora_parameters, saved_bytes, state_bytes, trajectory_tokens
+from clear_nb.scale import Plan, copy_bytes, count_parameters, gradient_bytes, layer_bytes, lora_parameters, saved_bytes, state_bytes, training_memory, trajectory_tokens
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 BIG = ClearConfig.from_dict(load_preset('paper').model)
@@ -25,6 +25,19 @@ def test_shards_divide_the_state_and_copies_add_to_it():
     own = sum(v for k, v in count_parameters(BIG).items() if k not in ('vit', 'vae'))
     assert state_bytes(BIG, Plan(8)) == state_bytes(BIG, Plan(1))/8
     assert state_bytes(BIG, Plan(8, ema=True)) - state_bytes(BIG, Plan(8)) == 4*own/8
+
+def test_passes_or_gradients():
+    """The larger of the two counts; gradients of earlier passes of an update lie beside the next one."""
+    small = ClearConfig.from_dict(load_preset('tiny').model)
+    copy, n, larger = copy_bytes(small, Plan(8)), count_parameters(small), []
+    for tokens in (1, 6000):
+        m, two = (training_memory(small, tokens, 1, Plan(8, pieces=k)) for k in (1, 2))
+        larger.append(m['passes'] > m['gradients'] == 2*copy)
+        assert m['total'] == m['state'] + max(m['gradients'], m['passes']) and two['total'] == m['state'] + max(3*copy, copy + m['passes'])
+    fixed, lora = n['vit'] + n['vae'], Plan(lora=8)
+    assert larger == [False, True] and gradient_bytes(small, Plan(8, foreach=False)) == copy
+    assert state_bytes(small, Plan()) + copy_bytes(small, Plan()) == 16*(sum(n.values()) - fixed) + 4*fixed
+    assert state_bytes(small, lora) - 3*copy_bytes(small, lora) == 2*(sum(n.values()) - fixed) + 4*fixed and copy_bytes(small, lora) == 4*lora_parameters(small, 8)
 
 def test_lora_counts_rows_and_columns_of_every_matrix():
     with torch.device('meta'): layer = Layer(qwen2(BIG), 0)
