@@ -11,6 +11,7 @@ import base64, binascii, csv, hashlib, io, json, multiprocessing, os, re, struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -418,6 +419,7 @@ def _workers(n:int)->Iterator: # job -> function that returns its result
         return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start_worker)
     try: yield lambda job: pool.submit(_corrupt, job).result
+    except BrokenProcessPool as e: raise ChildProcessError('a worker process died (killed, or out of memory); start again: finished files are kept, and fewer workers need less memory') from e
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/lib/33_bench_files.ipynb #dc35381a
@@ -495,11 +497,15 @@ def _same(path:Path, found:dict, wanted:dict): # ValueError saying what differs
     if differs: raise ValueError(f"{path} was begun with other settings: {'; '.join(differs)}; use them, delete the folder or choose another")
 
 # %% ../nbs/lib/33_bench_files.ipynb #94ce6201
+def _json(path:Path)->dict:
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
+
 def _begin(out:Path, settings:dict)->bool: # is it finished? ValueError when the folder is something else
     info, begun = out/'info.json', out/'building.json'
     if info.exists() and not settings['source']: raise ValueError(f'{out} is finished and these samples have no name: choose another folder')
     for path in (info, begun):
-        if path.exists(): _same(out, json.loads(path.read_text()), settings); break
+        if path.exists(): _same(out, _json(path), settings); break
     else:
         if out.exists() and any(out.iterdir()): raise ValueError(f'{out} holds other files: choose a new folder')
         with atomic_path(begun) as tmp: tmp.write_text(json.dumps(settings, indent=1))
@@ -576,8 +582,7 @@ def read_info(folder)->dict:
     "Settings, counts, rejects and content hash; ValueError for a folder without a finished benchmark."
     path = Path(folder)/'info.json'
     if not path.exists(): raise ValueError(f'{folder} holds no finished benchmark: call build_files on it again')
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
+    return _json(path)
 
 # %% ../nbs/lib/33_bench_files.ipynb #5a4528e5
 def _sample(r:dict)->Sample: # r: a record
