@@ -768,7 +768,7 @@ def speak(s):
     s.patch.setattr(grpo, 'judged', judged)
 
 
-def score(request): return f"0.{re.findall('"answer": "([0-9])"', request.text)[-1]}"
+def score(request): return '0.' + re.findall('"answer": "([0-9])"', request.text)[-1]
 
 
 def learn(server, **how):
