@@ -66,6 +66,12 @@ def _remove(path:Path # file, folder or nothing
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
+def _sync(path:Path): # file or folder
+    "Wait until the bytes are on the disk, which may only now say that it is full"
+    for f in [path] if path.is_file() else path.rglob('*'):
+        if f.is_file():
+            with f.open('rb') as opened: os.fsync(opened.fileno())
+
 def _move(tmp:Path, path:Path):
     if not tmp.exists(): raise FileNotFoundError(f'nothing was written for {path}: write to the yielded path')
     old = path.with_name(f'{tmp.name}.old')
@@ -96,7 +102,9 @@ def atomic_path(path # final file or folder
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}')
     try:
-        with disk_room(path): yield tmp
+        with disk_room(path):
+            yield tmp
+            _sync(tmp)
         _move(tmp, path)
     finally: _remove(tmp)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -134,11 +134,10 @@ def s(tmp_path, monkeypatch, request, hasty, capfd):
 @pytest.mark.parametrize('f', FAULTS, ids=lambda f: f.inject)
 def test_fault(f, s):
     """The user sees what the table says, and what it says is kept."""
-    steps = globals()[f.inject](s)
-    seen = next(steps)
-    assert re.search(f.sees, seen, re.S), seen
-    assert 'sk-of-the-faults' not in seen
-    with pytest.raises(StopIteration): next(steps)
+    with closing(globals()[f.inject](s)) as steps:
+        seen = next(steps)
+        assert re.search(f.sees, seen, re.S) and 'sk-of-the-faults' not in seen, seen
+        with pytest.raises(StopIteration): next(steps)
 
 
 def test_table():
