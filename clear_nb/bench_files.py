@@ -403,7 +403,7 @@ def _start_worker(): # one OpenCV thread; end with the parent
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
+# %% ../nbs/lib/33_bench_files.ipynb #427d6b2e
 @contextmanager
 def _one_thread()->Iterator: # OpenCV in this process, as in a worker
     before = cv2.getNumThreads()
@@ -411,6 +411,7 @@ def _one_thread()->Iterator: # OpenCV in this process, as in a worker
     try: yield
     finally: cv2.setNumThreads(before)
 
+# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
 @contextmanager
 def _workers(n:int)->Iterator: # job -> function that returns its result
     if n < 1: raise ValueError(f'workers must be at least 1, got {n}')
@@ -496,11 +497,12 @@ def _same(path:Path, found:dict, wanted:dict): # ValueError saying what differs
     differs = [f'{k} ({found.get(k)!r:.120} there, {v!r:.120} now)' for k, v in wanted.items() if found.get(k) != v]
     if differs: raise ValueError(f"{path} was begun with other settings: {'; '.join(differs)}; use them, delete the folder or choose another")
 
-# %% ../nbs/lib/33_bench_files.ipynb #94ce6201
+# %% ../nbs/lib/33_bench_files.ipynb #f62c8b1d
 def _json(path:Path)->dict:
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
 
+# %% ../nbs/lib/33_bench_files.ipynb #94ce6201
 def _begin(out:Path, settings:dict)->bool: # is it finished? ValueError when the folder is something else
     info, begun = out/'info.json', out/'building.json'
     if info.exists() and not settings['source']: raise ValueError(f'{out} is finished and these samples have no name: choose another folder')

@@ -721,10 +721,11 @@ def _settings(source:Source, base, model:str, request:dict, r:Recipe)->dict: # e
     return json.loads(json.dumps(dict(format=1, recipe=asdict(r), source=source.name, shards=[s[0] for s in source.shards], base=base.settings,
                                       annotator=dict(model=model, prompt=VERSION, request=request), versions=made), default=str))
 
-# %% ../nbs/lib/35_builder.ipynb #f47a6f71
+# %% ../nbs/lib/35_builder.ipynb #5eca87f3
 _MEND = {'manifest.json': 'remove it and start the same command again, which makes it anew from what is kept',
          'building.json': 'choose a new folder, and move annotator.jsonl there so that nothing is asked twice'}
 
+# %% ../nbs/lib/35_builder.ipynb #f47a6f71
 def _begin(out:Path, settings:dict)->bool: # finished? ValueError when the folder is something else
     for path in (out/'manifest.json', out/'building.json'):
         if not path.exists(): continue
@@ -778,12 +779,13 @@ def read_manifest(folder)->dict:
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f'{path} is damaged ({e}): {_MEND[path.name]}.') from e
 
-# %% ../nbs/lib/35_builder.ipynb #5ca21a17
+# %% ../nbs/lib/35_builder.ipynb #be5ad935
 @contextmanager
 def _sound(path:Path)->Iterator: # ValueError naming a file of examples that cannot be read
     try: yield
     except (pa.ArrowException, OSError) as e: raise ValueError(f"{path} is damaged ({e}): remove {path.with_name('manifest.json')} and start `clear-nb build-data` again, which writes the examples anew and asks nothing twice.") from e
 
+# %% ../nbs/lib/35_builder.ipynb #5ca21a17
 @lru_cache(maxsize=8)
 def _group_rows(path:Path, k:int)->list:
     with _sound(path), pq.ParquetFile(path) as file: return file.read_row_group(k).to_pylist()

@@ -72,6 +72,7 @@ def _sync(path:Path): # file or folder
         if f.is_file():
             with f.open('rb') as opened: os.fsync(opened.fileno())
 
+# %% ../nbs/lib/00_core.ipynb #299f3239
 def _move(tmp:Path, path:Path):
     if not tmp.exists(): raise FileNotFoundError(f'nothing was written for {path}: write to the yielded path')
     old = path.with_name(f'{tmp.name}.old')
@@ -84,6 +85,7 @@ def _errno(e:Exception)->int|None: # also of an error that safetensors only quot
     found = re.search(r'\(os error (\d+)\)', str(e))
     return int(found[1]) if found else getattr(e, 'errno', None)
 
+# %% ../nbs/lib/00_core.ipynb #b04165aa
 @contextmanager
 def disk_room(path # what is written
              )->Iterator[None]:

@@ -152,6 +152,7 @@ def up_to_date(out:Path, key:str)->bool:
     except ValueError as e: return bool(print(f'{file} is damaged ({e}): its notebook runs again'))
     return old['key'] == key and all((out.parent/p).exists() for p in old['products'])
 
+# %% ../nbs/lib/42_pipeline.ipynb #90408c20
 def _products(out:Path, notebook:str, preset:str, seed:int|None, variant:str='')->list[str]: # relative to the output
     if seed is None: return []
     kind = {n: STAGE_PARAMETERS.get(n, {}).get('variant', '') for n, by in STAGE_MADE_BY.items() if by == notebook}
