@@ -149,7 +149,7 @@ def up_to_date(out:Path, key:str)->bool:
     file = out.with_suffix('.stamp.json')
     if not (out.is_file() and file.is_file()): return False
     try: old = json.loads(file.read_text())
-    except ValueError as e: return bool(print(f'{file} is damaged ({e}): its notebook runs again'))
+    except ValueError as e: return bool(print(f'{file.name} is damaged ({e}): its notebook runs again'))
     return old['key'] == key and all((out.parent/p).exists() for p in old['products'])
 
 # %% ../nbs/lib/42_pipeline.ipynb #90408c20
