@@ -47,8 +47,12 @@ def _record(s:Sample, r:Reply)->dict:
     return dict(zip(KEY, s.key), reply=r.text, kind=r.kind, detail=r.detail, seconds=r.seconds, sample=_told(s), hash=_hash(s))
 
 # %% ../nbs/lib/41_bench.ipynb #f7fa8bdc
+def _told_in(path:Path, mend:str)->dict: # mend: what helps when the file is damaged
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): {mend}.') from e
+
 def _run_of(out:Path)->dict:
-    try: return json.loads((out/'run.json').read_text())
+    try: return _told_in(out/'run.json', 'delete it and run the same command again, which asks only what has no answer yet')
     except FileNotFoundError: raise FileNotFoundError(f'{out} holds no run: there is no run.json in it.') from None
 
 # %% ../nbs/lib/41_bench.ipynb #576f58d9
@@ -170,7 +174,7 @@ def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
 # %% ../nbs/lib/41_bench.ipynb #47ff2cd0
 def _whole(out:Path)->dict: # rows: None while some shard has not finished
     "How many rows the whole run has, and which could not be used."
-    told = {p.stem: json.loads(p.read_text()) for p in out.glob('finished-*.json')}
+    told = {p.stem: _told_in(p, 'delete it and run its command again') for p in out.glob('finished-*.json')}
     for n in {name.split('-')[-1] for name in told}:
         names = [f'finished-{i}-of-{n}' for i in range(int(n))]
         if all(name in told for name in names): return dict(rejects=[]) | max((told[name] for name in names), key=lambda t: t['rows'])

@@ -11,6 +11,7 @@ import base64, binascii, csv, hashlib, io, json, multiprocessing, os, re, struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -402,7 +403,7 @@ def _start_worker(): # one OpenCV thread; end with the parent
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
+# %% ../nbs/lib/33_bench_files.ipynb #427d6b2e
 @contextmanager
 def _one_thread()->Iterator: # OpenCV in this process, as in a worker
     before = cv2.getNumThreads()
@@ -410,6 +411,7 @@ def _one_thread()->Iterator: # OpenCV in this process, as in a worker
     try: yield
     finally: cv2.setNumThreads(before)
 
+# %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
 @contextmanager
 def _workers(n:int)->Iterator: # job -> function that returns its result
     if n < 1: raise ValueError(f'workers must be at least 1, got {n}')
@@ -418,6 +420,7 @@ def _workers(n:int)->Iterator: # job -> function that returns its result
         return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start_worker)
     try: yield lambda job: pool.submit(_corrupt, job).result
+    except BrokenProcessPool as e: raise ChildProcessError('a worker process died (killed, or out of memory); start again: finished files are kept, and fewer workers need less memory') from e
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/lib/33_bench_files.ipynb #dc35381a
@@ -494,12 +497,17 @@ def _same(path:Path, found:dict, wanted:dict): # ValueError saying what differs
     differs = [f'{k} ({found.get(k)!r:.120} there, {v!r:.120} now)' for k, v in wanted.items() if found.get(k) != v]
     if differs: raise ValueError(f"{path} was begun with other settings: {'; '.join(differs)}; use them, delete the folder or choose another")
 
+# %% ../nbs/lib/33_bench_files.ipynb #f62c8b1d
+def _json(path:Path)->dict:
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
+
 # %% ../nbs/lib/33_bench_files.ipynb #94ce6201
 def _begin(out:Path, settings:dict)->bool: # is it finished? ValueError when the folder is something else
     info, begun = out/'info.json', out/'building.json'
     if info.exists() and not settings['source']: raise ValueError(f'{out} is finished and these samples have no name: choose another folder')
     for path in (info, begun):
-        if path.exists(): _same(out, json.loads(path.read_text()), settings); break
+        if path.exists(): _same(out, _json(path), settings); break
     else:
         if out.exists() and any(out.iterdir()): raise ValueError(f'{out} holds other files: choose a new folder')
         with atomic_path(begun) as tmp: tmp.write_text(json.dumps(settings, indent=1))
@@ -576,8 +584,7 @@ def read_info(folder)->dict:
     "Settings, counts, rejects and content hash; ValueError for a folder without a finished benchmark."
     path = Path(folder)/'info.json'
     if not path.exists(): raise ValueError(f'{folder} holds no finished benchmark: call build_files on it again')
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
+    return _json(path)
 
 # %% ../nbs/lib/33_bench_files.ipynb #5a4528e5
 def _sample(r:dict)->Sample: # r: a record

@@ -12,7 +12,7 @@ __all__ = ['PARTS', 'REASONS', 'BLOCK', 'GROUP', 'FILE', 'PROMPT', 'VERSION', 'F
            'add_command']
 
 # %% ../nbs/lib/35_builder.ipynb #428e8220
-import argparse, base64, errno, hashlib, io, json, logging, math, re, sys, threading, time, warnings
+import argparse, base64, hashlib, io, json, logging, math, re, sys, threading, time, warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ from tqdm import tqdm
 import clear_nb
 from . import degrade as dg
 from .bench_files import Sample
-from .core import PATHS, Clock, atomic_path, file_hash, load_preset, rng, write_record
+from .core import PATHS, Clock, atomic_path, disk_room, file_hash, load_preset, rng, write_record
 from .data import Example, Pool
 from .images import MAX_PIXELS, ResizeRule, image_tensor, open_image, resize
 from .judge import Replies
@@ -260,15 +260,6 @@ GROUP, FILE = 16, 256 # candidates in a row group and, at least, in a file
 _LOOKED = 20_000 # rows after which a file ends, however few candidates it holds
 
 def _plain_pictures(schema)->dict: return dict(compression={n: 'none' if n in ('image', 'seen') else 'zstd' for n in schema.names}, use_dictionary=False, write_statistics=False)
-
-# %% ../nbs/lib/35_builder.ipynb #aa37284c
-@contextmanager
-def _room(out:Path)->Iterator:
-    "A full disk as one sentence."
-    try: yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise OSError(f'{out}: the disk is full; make room and start the same command again, everything finished is kept.') from e
 
 # %% ../nbs/lib/35_builder.ipynb #76dc28c8
 @dataclass
@@ -730,16 +721,20 @@ def _settings(source:Source, base, model:str, request:dict, r:Recipe)->dict: # e
     return json.loads(json.dumps(dict(format=1, recipe=asdict(r), source=source.name, shards=[s[0] for s in source.shards], base=base.settings,
                                       annotator=dict(model=model, prompt=VERSION, request=request), versions=made), default=str))
 
+# %% ../nbs/lib/35_builder.ipynb #5eca87f3
+_MEND = {'manifest.json': 'remove it and start the same command again, which makes it anew from what is kept',
+         'building.json': 'choose a new folder, and move annotator.jsonl there so that nothing is asked twice'}
+
 # %% ../nbs/lib/35_builder.ipynb #f47a6f71
 def _begin(out:Path, settings:dict)->bool: # finished? ValueError when the folder is something else
     for path in (out/'manifest.json', out/'building.json'):
         if not path.exists(): continue
         try: there = json.loads(path.read_text())
-        except ValueError as e: raise ValueError(f'{path} is damaged ({e}): remove it and start again') from e
+        except ValueError as e: raise ValueError(f'{path} is damaged ({e}): {_MEND[path.name]}.') from e
         differs = [f'{k} ({there.get(k)!r:.100} there, {v!r:.100} now)' for k, v in settings.items() if there.get(k) != v]
         if differs: raise ValueError(f"{out} was begun with other settings: {'; '.join(differs)}; use them or choose another folder.")
         return path.name == 'manifest.json'
-    if out.exists() and any(out.iterdir()): raise ValueError(f'{out} holds other files: choose a new folder.')
+    if out.exists() and any(f.name != 'annotator.jsonl' for f in out.iterdir()): raise ValueError(f'{out} holds other files: choose a new folder.')
     with atomic_path(out/'building.json') as tmp: tmp.write_text(json.dumps(settings, indent=1) + '\n')
     return False
 
@@ -753,7 +748,6 @@ def _finish(out:Path, settings:dict, r:Recipe, said:Replies, light:list, traced:
     manifest = dict(settings, accounts=_accounts(out, said, traced.rejects, ways, rejected), rejected=rejected, faults=dict(sorted(traced.faults.items())),
                     statistics=statistics(tallies, len(light), sum(not c.restore for c in light)), files={p.name: file_hash(p) for p in [*paths, out/'rejects.jsonl']})
     with atomic_path(out/'manifest.json') as tmp: tmp.write_text(json.dumps(manifest, indent=1) + '\n')
-    (out/'building.json').unlink()
     return manifest
 
 # %% ../nbs/lib/35_builder.ipynb #41bad89a
@@ -766,7 +760,7 @@ def build_training(source:Source, base, # base: an adapter
                    progress:bool=True, model:str='')->dict|Estimate: # model: name of the annotator, when there is no server; the manifest
     "Candidates, pathways, traces, examples; goes on where it stopped. OSError (Refused, ConnectionError, full disk) and ValueError leave everything kept."
     out, settings = Path(out), _settings(source, base, server.model if server else model, dict(request), r)
-    with _room(out):
+    with disk_room(out):
         if _begin(out, settings): return read_manifest(out)
         select(source, out, r, threads, progress)
         said = answer_all(base, out, r, progress)
@@ -783,16 +777,24 @@ def read_manifest(folder)->dict:
     path = Path(folder)/'manifest.json'
     if not path.exists(): raise ValueError(f'{folder} holds no finished build: start `clear-nb build-data` on it again.')
     try: return json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): remove it and build again.') from e
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): {_MEND[path.name]}.') from e
+
+# %% ../nbs/lib/35_builder.ipynb #be5ad935
+@contextmanager
+def _sound(path:Path)->Iterator: # ValueError naming a file of examples that cannot be read
+    try: yield
+    except (pa.ArrowException, OSError) as e: raise ValueError(f"{path} is damaged ({e}): remove {path.with_name('manifest.json')} and start `clear-nb build-data` again, which writes the examples anew and asks nothing twice.") from e
 
 # %% ../nbs/lib/35_builder.ipynb #5ca21a17
 @lru_cache(maxsize=8)
 def _group_rows(path:Path, k:int)->list:
-    with pq.ParquetFile(path) as file: return file.read_row_group(k).to_pylist()
+    with _sound(path), pq.ParquetFile(path) as file: return file.read_row_group(k).to_pylist()
 
 def _group_index(folder:Path, part:str)->list: # (path, row group, row) of every example
     files = [folder/n for n in read_manifest(folder)['files'] if n.startswith(f'{part}-')]
-    sizes = [(f, k, pq.read_metadata(f).row_group(k).num_rows) for f in files for k in range(pq.read_metadata(f).num_row_groups)]
+    def groups(f):
+        with _sound(f): return [(f, k, pq.read_metadata(f).row_group(k).num_rows) for k in range(pq.read_metadata(f).num_row_groups)]
+    sizes = [g for f in files for g in groups(f)]
     return [(f, k, i) for f, k, n in sizes for i in range(n)]
 
 # %% ../nbs/lib/35_builder.ipynb #72c9d92c

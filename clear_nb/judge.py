@@ -6,15 +6,16 @@
 __all__ = ['OPEN', 'OPTION', 'SHORT', 'read_letter', 'read_same', 'Task', 'Replies', 'LLMJudge', 'judge_many']
 
 # %% ../nbs/lib/25_judge.ipynb #95f45a6e
-import fcntl, hashlib, json, os, re, threading, warnings
+import errno, fcntl, hashlib, json, os, re, threading, time, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from tqdm import tqdm
+from .core import disk_room
 from .reward import Outage, Score, Unparsable, choices, normalise, read_score
-from .server import Refused, Server
+from .server import Declined, Refused, Server
 
 # %% ../nbs/lib/25_judge.ipynb #efe894ac
 def read_letter(reply:str, options:dict)->str|Unparsable: # a letter of `options` or 'Z'
@@ -108,13 +109,13 @@ class Replies:
 def _append(self:Replies, line:bytes):
     "Add one line by one write; a cut-off line before it is ended first."
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(self.path, 'a+b', buffering=0) as f:
+    with disk_room(self.path), open(self.path, 'a+b', buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX) # until the file is closed: other runs may write to it
         f.seek(0, os.SEEK_END)
         if f.tell():
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b'\n': line = b'\n' + line
-        if f.write(line + b'\n') != len(line) + 1: raise OSError(f'{self.path.name}: the disk is full; make room and start again')
+        if f.write(line + b'\n') != len(line) + 1: raise OSError(errno.ENOSPC, 'half a line was written')
 
 # %% ../nbs/lib/25_judge.ipynb #7db5d32b
 @dataclass(eq=False)
@@ -127,18 +128,36 @@ class LLMJudge:
     timeout:float = 60.; tries:int = 8; rpm:float|None = None # as in `Server`
     cache:str|Path|None = None # JSONL file of replies
     request:dict = field(default_factory=lambda: dict(temperature=0, max_tokens=16)) # further fields of a request
+    patience:float = 0. # seconds to go on asking a server that is silent, after the `tries` of a question
 
     def __post_init__(self):
         if self.task not in ('open', 'short'): raise ValueError(f"task must be 'open' or 'short', got {self.task!r}")
         self._server = Server(self.model, self.base_url, self.key_env, self.timeout, self.tries, self.rpm)
         self._replies, self._lock, self._turns = Replies(self.cache), threading.Lock(), {}
+        self._since = None # when the server fell silent
+
+# %% ../nbs/lib/25_judge.ipynb #c6159b33
+@patch
+def _silence(self:LLMJudge)->float:
+    "Seconds since the server fell silent for everyone"
+    with self._lock: self._since = self._since or time.monotonic()
+    return time.monotonic() - self._since
 
 # %% ../nbs/lib/25_judge.ipynb #21e5b385
 @patch
 def _ask(self:LLMJudge, prompt:str)->str|Outage:
-    "Reply of the judge model; raises Refused."
-    try: return self._server.ask(prompt, **self.request)[0]
-    except ConnectionError as e: return Outage(str(e))
+    "Reply of the judge model, or an outage that outlasted the patience; raises Refused."
+    begun, pause = time.monotonic(), 1.
+    while True:
+        try: reply = self._server.ask(prompt, **self.request)[0]
+        except Declined as e: return Outage(str(e))
+        except ConnectionError as e:
+            if max(time.monotonic() - begun, self._silence()) >= self.patience: return Outage(str(e))
+            warnings.warn(f'the judge {self.model} does not answer ({e}); asking on for {self.patience:g} seconds')
+            time.sleep(pause); pause = min(60., 2*pause)
+        else:
+            self._since = None
+            return reply
 
 # %% ../nbs/lib/25_judge.ipynb #bcb18333
 def _text(question)->str: return getattr(question, 'question', '') or question.prompt

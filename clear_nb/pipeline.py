@@ -148,9 +148,11 @@ def up_to_date(out:Path, key:str)->bool:
     "Does `out` stand for exactly these inputs, and are the folders and records it made still there?"
     file = out.with_suffix('.stamp.json')
     if not (out.is_file() and file.is_file()): return False
-    old = json.loads(file.read_text())
+    try: old = json.loads(file.read_text())
+    except ValueError as e: return bool(print(f'{file.name} is damaged ({e}): its notebook runs again'))
     return old['key'] == key and all((out.parent/p).exists() for p in old['products'])
 
+# %% ../nbs/lib/42_pipeline.ipynb #90408c20
 def _products(out:Path, notebook:str, preset:str, seed:int|None, variant:str='')->list[str]: # relative to the output
     if seed is None: return []
     kind = {n: STAGE_PARAMETERS.get(n, {}).get('variant', '') for n, by in STAGE_MADE_BY.items() if by == notebook}
@@ -280,7 +282,7 @@ def main(argv=None)->int: # exit status
         if args.readme: write_readme()
         elif args.one is not None: run_steps([s for s in steps(args.start, args.seed, args.full) if s[1] == args.one], args.preset, args.force)
         else: run_all(args.preset, args.start, args.seed, args.force, args.full, args.jobs)
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(f'\n{e}', file=sys.stderr)
         return 1
     return 0

@@ -265,7 +265,6 @@ def save_state(path, step:int, tensors:dict, info:dict)->Path: # info: what goes
     new, old = path.with_name(f'{path.stem}-{step:08d}.safetensors'), states(path)
     with atomic_path(new) as tmp:
         save_file(tensors, tmp, dict(state=json.dumps({**info, 'step': step, 'checksum': checksum(tensors)})))
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
     before = [f for f in old if f < new][:1]
     for f in [f for f in old if f not in (new, *before)]: f.unlink()
     return new
