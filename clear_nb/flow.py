@@ -140,6 +140,7 @@ def transition_logp(x_next:Tensor, # drawn state, (B, ...)
 # %% ../nbs/lib/10_flow.ipynb #9689569f
 RENORMS = ('global', 'channel', 'text_channel')
 
+# %% ../nbs/lib/10_flow.ipynb #4c2881e3
 @dataclass(frozen=True)
 class Guidance:
     "Classifier-free guidance of BAGEL; the defaults are its text-to-image values. Raises ValueError for values out of range."

@@ -23,6 +23,7 @@ def _scaled(w:int, h:int, scale:float, stride:int)->tuple[int,int]:
 # %% ../nbs/lib/04_images.ipynb #c5069fc4
 MAX_AREA = 14*14*9*1024  # pixels; the default area cap of BAGEL's transforms
 
+# %% ../nbs/lib/04_images.ipynb #dc4eda96
 def fit_size(w:int, # width in pixels
              h:int, # height in pixels
              max_side:int, # cap of the long side
@@ -113,6 +114,7 @@ def _from_array(a:np.ndarray)->Image.Image:
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
                    MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+# %% ../nbs/lib/04_images.ipynb #7e5391a4
 def open_image(source # path, PIL image or array
               )->Image.Image: # RGB
     "Upright RGB image of a path, PIL image or array. Raises FileNotFoundError or ValueError naming the source."

@@ -277,6 +277,7 @@ def _level(dice, chances):
 # %% ../nbs/lib/08_scenes.ipynb #5fbc7469
 _cells = tuple(product(range(4), range(4)))
 
+# %% ../nbs/lib/08_scenes.ipynb #27d486fe
 def _layout(dice, family):
     "Which kind of thing stands where: list of (kind, row, col); a pair stands on (row, col) and (row, col+1)."
     wide = ['word']*_level(dice, family.words) + ['pair']*(dice() < family.pair)

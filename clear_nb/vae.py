@@ -251,6 +251,7 @@ def load_flux(self:Vae, path # ae.safetensors in FLUX names
     self.net.load_state_dict(flux_to_diffusers(state))
     return self
 
+# %% ../nbs/lib/12_vae.ipynb #2e60902d
 @patch
 def save_flux(self:Vae, path):
     "Write the weights in FLUX names."

@@ -164,6 +164,7 @@ def _same_size(self:Vit, images:Tensor)->Tensor:
     ids = position_ids(*self.grid(images), self.cfg.side).to(images.device)
     return self.tokens(patch_vectors(images, self.cfg.patch), ids)
 
+# %% ../nbs/lib/14_vit.ipynb #50073025
 @patch
 def _mixed_sizes(self:Vit, images:list)->list:
     "Features (N_i, hidden) of images of different sizes, padded and masked."
