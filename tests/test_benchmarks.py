@@ -79,7 +79,7 @@ def test_generation(threads):
 
 def test_packing(threads, tmp_path):
     """Shared rows have less padding and the same loss, which the benchmark checks itself; blocks hold at least what is visible."""
-    found = packing.main(['--shapes', 'tiny', '--trajectories', '6', '--budgets', '1', '3', '--repeats', '1', '--out', str(tmp_path/'p.json')])
-    assert found == json.loads((tmp_path/'p.json').read_text()) and found[0]['rows'] == 6
-    for f in found[1:]: assert f['rows'] < 6 and f['padding'] < found[0]['padding'] and f['visible'] <= f['blocks']
+    found = packing.main(['--shapes', 'tiny', '--trajectories', '16', '--budgets', '1', '2', '--repeats', '1', '--out', str(tmp_path/'p.json')])
+    assert found == json.loads((tmp_path/'p.json').read_text()) and found[0]['rows'] == 16
+    for f in found[1:]: assert f['rows'] < 16 and f['padding'] < found[0]['padding'] and f['visible'] <= f['blocks']
     assert {f['speed']['median'] > 0 for f in found} == {True}
