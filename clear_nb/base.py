@@ -182,6 +182,7 @@ def part(model:ClearModel, folder:Path|None, train)->tuple: # model, history
     drop_states(state)
     return ClearModel.from_pretrained(folder), json.loads(file.read_text())
 
+# %% ../nbs/lib/27_base.ipynb #e6f3fb32
 def train_stage0(preset:Preset, seed:int=0, folder:Path=None)->tuple: # model, {part: history}
     "Train the embedded base from nothing; `folder` keeps what is needed to go on after a kill"
     acc, items, histories = accelerator(), base_items(preset, seed), {}

@@ -122,12 +122,14 @@ def copy_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
     "What is trained, once, in fp32"
     return 4*(lora_parameters(cfg, plan.lora) if plan.lora else _own(cfg)[0])/plan.gpus
 
+# %% ../nbs/lib/46_scale.ipynb #de4f84ff
 def state_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
     "Weights, moments and copies: what stays between two updates"
     own, frozen = _own(cfg)
     fixed = 4*frozen + 2*own*(plan.lora > 0)
     return fixed/plan.gpus + copy_bytes(cfg, plan)*(3 + plan.ema + (plan.reference and not plan.lora))
 
+# %% ../nbs/lib/46_scale.ipynb #e7026e91
 def gradient_bytes(cfg:ClearConfig, plan:Plan)->float: # per GPU
     "Gradients when they are added up or used"
     return copy_bytes(cfg, plan)*(3 if plan.pieces > 1 else 1 + plan.foreach)

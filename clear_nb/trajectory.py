@@ -236,8 +236,7 @@ def _tensors(bag:_Bag, shape:Shape)->dict:
                 vit_ids=_ids(bag.get('vit_ids'), shape.vit_side), vae_ids=_ids(bag.get('vae_ids'), shape.latent_side))
 
 # %% ../nbs/lib/18_trajectory.ipynb #9ed8d189
-def first_fit(lengths:list, # tokens of each sample
-              budget:int, # tokens of a row; a longer sample raises it
+def first_fit(lengths:list, budget:int, # tokens of each sample, and of a row; a longer sample raises the latter
              )->list: # rows, each a list of rising sample numbers
     "Which samples share a row: first-fit decreasing. Raises ValueError for a budget below 1."
     if budget < 1: raise ValueError(f'first_fit: a row of {budget} tokens holds nothing; pass the number of tokens that a row may have.')
@@ -247,6 +246,12 @@ def first_fit(lengths:list, # tokens of each sample
         if r == len(rows): rows.append([]); room.append(size)
         rows[r].append(k); room[r] -= lengths[k]
     return sorted(sorted(r) for r in rows)
+
+# %% ../nbs/lib/18_trajectory.ipynb #dab57aed
+def _rows(samples:list, shape:Shape, row_tokens:int)->list:
+    "Which samples share a row."
+    if not row_tokens: return [[k] for k in range(len(samples))]
+    return first_fit([sum(tokens_of(s, shape) for s in segments) for segments in samples], row_tokens)
 
 # %% ../nbs/lib/18_trajectory.ipynb #6a77bf3a
 def pack(samples:list, # list of samples, each a list of segments
@@ -262,11 +267,6 @@ def pack(samples:list, # list of samples, each a list of segments
     placed = [i for r, members in enumerate(rows) for i in _place([samples[k] for k in members], shape, r, starts[r])]
     items = sorted((i for i in placed if i['s'] is not None and i['n']), key=lambda i: rows[i['row']][i['sample'] - 1])
     return _assemble(items, [i for i in placed if i['s'] is None], shape)
-
-def _rows(samples:list, shape:Shape, row_tokens:int)->list:
-    "Which samples share a row."
-    if not row_tokens: return [[k] for k in range(len(samples))]
-    return first_fit([sum(tokens_of(s, shape) for s in segments) for segments in samples], row_tokens)
 
 # %% ../nbs/lib/18_trajectory.ipynb #996e1e9f
 def _assemble(items:list, ends:list, shape:Shape)->Packed: # placed segments that have tokens, ends of the rows

@@ -1,4 +1,5 @@
 """The benchmark scripts run, and count bytes and operations correctly."""
+import json
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import floors  # noqa: E402
 import generation  # noqa: E402
+import packing  # noqa: E402
 
 
 @pytest.fixture
@@ -73,3 +75,11 @@ def test_generation(threads):
     out = generation.main('--shapes tiny --rows 1 2 --tokens 4 --few 2 --turn 2 --steps 3 --repeats 1'.split())['tiny']
     assert set(out) == {'parameters', 'cache_1', 'cache_2', 'long', 'batch', 'guidance'}
     assert out['long']['median'] > 0 and out['guidance']['always']['median'] > 0
+
+
+def test_packing(threads, tmp_path):
+    """Shared rows have less padding and the same loss, which the benchmark checks itself; blocks hold at least what is visible."""
+    found = packing.main(['--shapes', 'tiny', '--trajectories', '16', '--budgets', '1', '2', '--repeats', '1', '--out', str(tmp_path/'p.json')])
+    assert found == json.loads((tmp_path/'p.json').read_text()) and found[0]['rows'] == 16
+    for f in found[1:]: assert f['rows'] < 16 and f['padding'] < found[0]['padding'] and f['visible'] <= f['blocks']
+    assert {f['speed']['median'] > 0 for f in found} == {True}
