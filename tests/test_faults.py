@@ -281,7 +281,7 @@ def child(rank, name, die, port):
     def losses(step):
         if step == die and rank: os.kill(os.getpid(), signal.SIGKILL)
         return run(lambda m: loss(step)[0]), {}
-    done = lambda m: save_file({k: v.clone() for k, v in m.state_dict().items()}, out/f'{name}.safetensors')
+    done = lambda m, past: save_file({k: v.clone() for k, v in m.state_dict().items()}, out/f'{name}.safetensors')
     try: fit(net, losses, 6, .1, acc=acc, state=out/f'{name}.pt', save_seconds=0., done=done)
     except RuntimeError as e: (out/'said').write_text(str(e))
 
