@@ -97,7 +97,8 @@ def test_held_out_answers_follow_the_preset(toy, monkeypatch, options):
     assert found != [(score_rollout(r, i.questions[0]), bool(r.restorations)) for r, i in zip(rolls, items)]
 
 
-NAMES = [(dict(), ''), (dict(mode='bridge', lr=5e-5, steps=60), ''), (dict(mode='reencode'), 'dec'), (dict(mode='reencode', lr=1e-6), 'dec+lr=0.000001'),
+OWN = load_preset("tiny").grpo
+NAMES = [(dict(), ''), (dict(mode="bridge", lr=OWN.lr, steps=OWN.steps), ""), (dict(mode='reencode'), 'dec'), (dict(mode='reencode', lr=1e-6), 'dec+lr=0.000001'),
          (dict(lambda_flow=0), 'noflow'), (dict(lambda_flow=0., w_dec=0.), 'noflow+nodec'), (dict(lambda_flow=.5), 'lambda_flow=0.5'),
          (dict(policy='never'), 'text'), (dict(w_cost=.2, beta=0.), 'w_cost=0.2+beta=0'), (dict(steps=5, w_dec=None), 'steps=5')]
 
