@@ -16,6 +16,7 @@ import torch
 from clear_nb import grpo, train as loop
 from clear_nb.core import rng
 from clear_nb.train import accelerator, states
+from processes import waited
 from safetensors.torch import load_file, save_file
 from stage_toys import STAGES, smoke, train, world
 
@@ -76,7 +77,7 @@ def forked(*args):
         code = 1
         try: run(*args); code = 0
         finally: os._exit(code)
-    return os.waitpid(pid, 0)[1]
+    return waited([pid])[0]
 
 
 def timed_kill(stage, made, out, name, seconds):
@@ -87,7 +88,7 @@ def timed_kill(stage, made, out, name, seconds):
         finally: os._exit(code)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    return os.WIFSIGNALED(waited([pid])[0])
 
 
 def main(kills, seed=0):

@@ -126,6 +126,14 @@ def start():
     return begin
 
 
+def ended(p, seconds=240):
+    """The exit status of a process; one that has not ended by then is killed."""
+    p.join(seconds)
+    late = p.is_alive()
+    p.kill(); p.join()
+    return f'no end within {seconds} s' if late else p.exitcode
+
+
 def lines(path): return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
@@ -135,7 +143,8 @@ def test_killed_and_resumed(built, source, tmp_path, start):
     with FakeServer(default=Misbehaving(pause=.01)) as server:
         for path, least in (('base.jsonl', 100), ('annotator.jsonl', 30)):
             p, _ = start(source, out, server.url)
-            while lines(out/path) < least and p.is_alive(): time.sleep(.002)
+            until = time.monotonic() + 240
+            while lines(out/path) < least and p.is_alive() and time.monotonic() < until: time.sleep(.002)
             p.kill()
             p.join()
             assert p.exitcode == -signal.SIGKILL and lines(out/path) >= least and not (out/'manifest.json').exists()
@@ -143,8 +152,7 @@ def test_killed_and_resumed(built, source, tmp_path, start):
         answered, before = lines(out/'annotator.jsonl'), list(server.requests)
         first = {k['key'] for k in map(json.loads, (out/'annotator.jsonl').read_text().splitlines()[:answered])}
         p, _ = start(source, out, server.url)
-        p.join()
-        assert p.exitcode == 0
+        assert ended(p) == 0
         names, later = set(map(Misbehaving.name, before)), Counter(map(Misbehaving.name, server.requests[len(before):]))
         repeated = len(names & set(later))
     assert len(names) - len(first) <= 4 and repeated <= 4 # the four that were on their way
@@ -208,11 +216,11 @@ def test_full_disk(built, source, tmp_path, start):
         for limit in (200_000, 10_000): # a file of candidates, the replies of the base model
             if limit == 10_000: bd.select(bd.open_folder(source), out, RECIPE, progress=False)
             p, pipe = start(source, out, server.url, limit)
-            said = pipe.recv()
-            p.join()
+            said = pipe.recv() if pipe.poll(240) else 'nothing said'
+            ended(p)
             assert 'the disk is full; make room and start' in said and not list(out.rglob('*.tmp*'))
         p, _ = start(source, out, server.url)
-        p.join()
+        assert ended(p) == 0
     assert (out/'manifest.json').read_bytes() == (built[0]/'manifest.json').read_bytes()
 
 

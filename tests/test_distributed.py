@@ -2,7 +2,6 @@
 import copy
 import os
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -11,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from clear_nb import grpo, sft
-from clear_nb.core import ROOT
 from clear_nb.train import accelerator
+from processes import python, waited
 from stage_toys import STAGES, half_restoring, smoke, train, train_by_halves, world
 from torch.distributed.tensor import DTensor
 
@@ -71,7 +70,7 @@ def main(out):
     for name, (size, env) in JOBS.items():
         (out/name).mkdir()
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-        ids = {}
+        pids = []
         for rank in range(size):
             if not (pid := os.fork()):
                 code = 1
@@ -79,9 +78,8 @@ def main(out):
                 finally:
                     if code: traceback.print_exc()
                     os._exit(code)
-            ids[pid] = rank
-        for pid in ids:
-            if os.waitpid(pid, 0)[1]: sys.exit(f'{name}: process {ids[pid]} failed')
+            pids.append(pid)
+        if any(how := waited(pids)): sys.exit(f'{name}: the processes ended with {how}')
 
 
 if __name__ == '__main__': main(Path(sys.argv[1]))
@@ -93,9 +91,8 @@ if __name__ == '__main__': main(Path(sys.argv[1]))
 def results(tmp_path_factory):
     """Histories, weights and messages of all jobs."""
     out = tmp_path_factory.mktemp('distributed')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, __file__, str(out)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python(__file__, out, seconds=500)
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
     return out
 
 

@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -40,6 +39,7 @@ from clear_nb.server import Server
 from clear_nb.train import accelerator, last_state, states
 from fake_server import Drop, FakeServer, Status, hasty  # noqa: F401 (a fixture)
 from kill_resume import Trap
+from processes import python, waited
 from test_bench import code, over_server, report, results, write_tsv
 from test_bench_files import build as build_bench, toy as pictures, tree
 from test_grpo import preset
@@ -176,7 +176,7 @@ def died(f):
     if not (pid := os.fork()):
         try: f()
         finally: os._exit(0)
-    status = os.waitpid(pid, 0)[1]
+    [status] = waited([pid])
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f'status {status}'
 
 
@@ -270,6 +270,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from clear_nb.train import accelerator, fit, parallel
+from processes import waited
 from safetensors.torch import save_file
 from test_train import toy
 
@@ -293,7 +294,7 @@ for (name, die), port in zip((('want', None), ('b', 3), ('b', None)), sys.argv[2
             try: child(rank, name, die, port)
             finally: os._exit(0)
         pids.append(pid)
-    print(*[os.waitpid(pid, 0)[1] for pid in pids], *sorted(p.name for p in out.glob('b-*')))
+    print(*waited(pids), *sorted(p.name for p in out.glob('b-*')))
 '''
 
 
@@ -306,9 +307,8 @@ def free_ports(n):
 
 
 def process_lost(s):
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', LOST, str(s.tmp), *free_ports(3)], env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and (s.tmp/'said').exists(), done.stderr[-3000:]
+    done = python('-c', LOST, s.tmp, *free_ports(3), seconds=200)
+    assert done.returncode == 0 and (s.tmp/'said').exists(), (done.returncode, done.stderr[-3000:])
     yield (s.tmp/'said').read_text()
     assert done.stdout.splitlines() == ['0 0', '0 9 b-00000002.safetensors b-00000003.safetensors', '0 0'], done.stdout
     assert (s.tmp/'b.safetensors').read_bytes() == (s.tmp/'want.safetensors').read_bytes()

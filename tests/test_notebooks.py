@@ -1,11 +1,10 @@
 """Every notebook runs from its first cell to its last: one test per notebook."""
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from clear_nb.core import ROOT
+from processes import python
 
 NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)]
 
@@ -19,7 +18,5 @@ def item(path):
 @pytest.mark.parametrize('path', [item(p) for p in NOTEBOOKS])
 def test_notebook(path):
     """nbdev_test executes the notebook's cells with their defaults, which are the smoke values."""
-    command = [str(Path(sys.executable).with_name('nbdev_test')), '--path', str(path), '--n_workers', '0']
-    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg')
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and 'Success' in done.stdout, f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    done = python(Path(sys.executable).with_name('nbdev_test'), '--path', path, '--n_workers', 0, seconds=840, MPLBACKEND='agg')
+    assert done.returncode == 0 and 'Success' in done.stdout, f'{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'

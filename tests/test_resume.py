@@ -1,8 +1,6 @@
 """A killed run goes on exactly where it was; damaged and foreign states are named."""
 import copy
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,15 +8,16 @@ import torch
 from clear_nb import base, train as loop
 from clear_nb.core import ROOT, load_preset, torch_rng
 from clear_nb.train import accelerator, fit, last_state, once, read_state, save_state, states
+from processes import python
 from test_train import toy
 
 
 def test_kill():
     """Three kills with SIGKILL, in an update, in rollouts and while a state is written, end at the weights of an undisturbed run."""
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, str(ROOT/'tests'/'kill_resume.py'), '3', '--seed', '20'], env=env, capture_output=True, text=True, timeout=300)
+    done = python(ROOT/'tests'/'kill_resume.py', 3, '--seed', 20)
     rows = [r.split() for r in done.stdout.splitlines()[1:]]
-    assert done.returncode == 0 and {r[0] for r in rows} == {'saving', 'update', 'rollouts'} and {r[-1] for r in rows} == {'yes'}, done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    assert {r[0] for r in rows} == {'saving', 'update', 'rollouts'} and {r[-1] for r in rows} == {'yes'}, done.stdout
 
 
 def train(path, stop=None, **how):
