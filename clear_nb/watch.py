@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'pictures', 'save_trajectories', 'watcher', 'held_out', 'ask_held_out', 'by_family', 'change', 'differing',
-           'variant_name', 'plot_seeds']
+           'variant_name', 'comparable', 'plot_seeds']
 
 # %% ../nbs/lib/43_watch.ipynb #d427ba53
 import re
@@ -138,6 +138,15 @@ def variant_name(changed:dict)->str: # '' when nothing is changed
     plain = lambda v: np.format_float_positional(v, trim='-') if isinstance(v, float) else re.sub(r'[^\w.]', '_', str(v))
     named = [f'{k}={plain(v)}' for k, v in changed.items()]
     return '+'.join(SHORT.get(t, t) for t in named)
+
+# %% ../nbs/lib/43_watch.ipynb #fdf13da0
+def comparable(records:list, # of 03_grpo
+               own:dict)->list: # one of them; returns those with its numbers and as many held-out questions
+    "Runs that differ in nothing but their seed; others are named and left out"
+    asked = lambda r: {f: len(v['correct']) for f, v in r['metrics'].get('held_out', {}).get('before', {}).items()}
+    same = [r for r in records if (r['params'], asked(r)) == (own['params'], asked(own))]
+    if rest := sorted(r['seed'] for r in records if r not in same): print(f'left out, made with other numbers: the records of seeds {rest}')
+    return same
 
 # %% ../nbs/lib/43_watch.ipynb #4cd191fa
 def _ends(ax, held:list, field:str, label:str)->None: # held: per seed
