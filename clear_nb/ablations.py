@@ -124,7 +124,7 @@ def _rl(model:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple: # traine
 # %% ../nbs/lib/37_ablations.ipynb #8346f340
 def _examples(base:ClearModel, p:Preset, seed:int, acc)->tuple: # pool, examples
     labelled = pool(base, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
-    with acc.autocast(): examples, _ = make_examples(base, labelled, seed, p.sft.balance)
+    with acc.autocast(): examples, _ = make_examples(base, labelled, seed, p.sft)
     if not examples: raise ValueError(f'{p.data.labelled} labelled questions: no example is left after balancing, use more')
     return labelled, examples
 

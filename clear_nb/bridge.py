@@ -38,7 +38,7 @@ def main(argv:list=None):
     acc, model, folder = accelerator(), load_stage(p, seed, 'sft'), stage_folder(p.name, seed, 'bridge')
     labelled = pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
     with acc.autocast():
-        examples, _ = make_examples(load_stage(p, seed, 'base'), labelled, seed, p.sft.balance)
+        examples, _ = make_examples(load_stage(p, seed, 'base'), labelled, seed, p.sft)
         own = own_restorations(model, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
     train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'),
                  lambda m, _: m.save_pretrained(folder, torch.float16))

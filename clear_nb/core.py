@@ -141,6 +141,7 @@ class Sft:
     drop_vae:float = 0.; drop_text:float = 0. # the same for latent tokens and text
     ema:float = 0.995 # decay of the averaged weights
     balance:bool = True # as many direct as restore examples (App. C)
+    restore_right:float = 0. # share of the questions the base answers rightly that take the restore pathway too; ours
     per_row:int = 2 # examples of one picture that share a row
     own:float = 0.5 # chance that a restored latent of the model's own stands where the clean one would
     replay:float = 0. # share of the rows that repeat stage 0, in stages 1 and 2

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROL', 'CUE', 'STRENGTH', 'DIAGNOSIS', 'ENOUGH', 'UNCLEAR', 'RESTORED', 'EVIDENCE', 'PARTS', 'train_tokenizer',
            'ids', 'ask_ids', 'evidence', 'thought', 'write_trace', 'Item', 'scene_items', 'easy_items', 'spoil',
-           'labelled_items', 'Pool', 'encode', 'pool', 'context', 'prompts', 'all_pairs', 'own_restorations', 'answers',
-           'Example', 'assign']
+           'labelled_items', 'Pool', 'encode', 'pool', 'context', 'prompts', 'all_pairs', 'own_restorations',
+           'own_pixels', 'answers', 'Example', 'assign']
 
 # %% ../nbs/lib/24_data.ipynb #96f5765f
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from . import degrade as dg, scenes
 from .core import rng
-from .generate import Noise, Sampling, generate, prefill, restore
+from .generate import Noise, Sampling, decode_pixels, generate, prefill, restore
 from .model import ClearModel
 from .mot import KVCache
 from .trajectory import MARKER, TAGS, Gap, Text, Vae, Vit, tokens_of
@@ -178,6 +178,11 @@ def own_restorations(model:ClearModel, p:Pool, images:list, # indexes in the poo
         for i, r in zip(part, made): out.setdefault(i, []).append(r.latent.float().cpu())
     return {i: torch.stack(z) for i, z in out.items()}
 
+# %% ../nbs/lib/24_data.ipynb #b892fae9
+def own_pixels(model:ClearModel, own:dict, progress:bool=True)->dict: # of `own_restorations` -> index to (draws, 3, H, W) uint8
+    "What the decoder makes of restored latents."
+    return {i: ((decode_pixels(model, z) + 1)*127.5).round().byte().cpu() for i, z in tqdm(own.items(), 'decoding', disable=not progress)}
+
 # %% ../nbs/lib/24_data.ipynb #bbfd8164
 def answers(model:ClearModel, p:Pool, pairs:list, inputs:str='both', batch:int=128, max_new:int=8, progress:str='')->list:
     "Greedy direct answers, as texts."
@@ -205,10 +210,13 @@ def _balanced(pairs, right, seed, balance):
 
 # %% ../nbs/lib/24_data.ipynb #0d534d67
 def assign(p:Pool, pairs:list, right:list, # right: was the base model's answer right?
-           seed:int, balance:bool=True)->list: # Examples in the order of the pool
+           seed:int, balance:bool=True,
+           restore_right:float=0., # chance that a right answer takes the restore pathway too
+          )->list: # Examples in the order of the pool
     "Pathways by failure, balanced 1:1, with traces keyed by (seed, picture, question)."
     def one(i, j, restore):
         it = p.items[i]
         g = rng('trace', seed, i, j)
         return Example(i, j, restore, write_trace(it.questions[j], it.corruption, it.severity, restore, g))
-    return [one(*x) for x in _balanced(pairs, right, seed, balance)]
+    direct = [r and rng('restore right', seed, i, j).random() >= restore_right for (i, j), r in zip(pairs, right)]
+    return [one(*x) for x in _balanced(pairs, direct, seed, balance)]

@@ -13,7 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
 from .core import Preset, rng, stage_folder, torch_rng
-from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, own_restorations, pool, write_trace
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, own_pixels, own_restorations, pool, write_trace
 from .flow import sample_time
 from .model import ClearModel, freeze
 from .reward import RuleJudge
@@ -21,13 +21,13 @@ from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
 from .train import accelerator, averages, command, fit, global_mean, idle, own_share, ready, totals
 
 # %% ../nbs/lib/28_sft.ipynb #3a274123
-def make_examples(base:ClearModel, p:Pool, seed:int, balance:bool=True, batch:int=128)->tuple: # examples, accuracy of the base
+def make_examples(base:ClearModel, p:Pool, seed:int, cfg, batch:int=128)->tuple: # cfg: core.Sft; returns examples, accuracy of the base
     "Ask the base model every labelled question (ViT input, as the paper's baseline) and assign pathways"
     pairs = all_pairs(p)
     said = answers(base, p, pairs, 'vit', batch, progress='pathways')
     judge = RuleJudge()
     right = [judge(p.items[i].questions[j], a).value > .5 for (i, j), a in zip(pairs, said)]
-    return assign(p, pairs, right, seed, balance), float(np.mean(right))
+    return assign(p, pairs, right, seed, cfg.balance, cfg.restore_right), float(np.mean(right))
 
 # %% ../nbs/lib/28_sft.ipynb #8c94b466
 def by_image(examples:list)->list:
@@ -40,6 +40,7 @@ def by_image(examples:list)->list:
 def example_segments(tok, p:Pool, e:Example, g:np.random.Generator, t:torch.Generator, branch:int=0,
                      own:Tensor=None, # (z, h, w) a restored latent, or None for the clean one
                      reencode:bool=True, # include the ViT re-encoding (stage 1)
+                     shown:Tensor=None, # (3, H, W) uint8, what `own` decodes to; None: the clean picture
                     )->list:
     "Question, trace and (for the restore pathway) the generated image of one example"
     text = lambda s: Text(ids(tok, s), loss=True, branch=branch)
@@ -47,17 +48,19 @@ def example_segments(tok, p:Pool, e:Example, g:np.random.Generator, t:torch.Gene
     if not e.restore: return out
     z = p.clean_z[e.image]
     noised = Vae(z, sample_time(torch.randn((), generator=t)).item(), torch.randn(z.shape, generator=t), branch)
-    again = Vit(p.image('clean', e.image), branch) if reencode else Gap(branch)
+    image = p.image('clean', e.image) if shown is None else shown.float()/127.5 - 1
+    again = Vit(image, branch) if reencode else Gap(branch)
     return [*out, noised, Vae(z if own is None else own, branch=branch), again, text(e.texts[1])]
 
 # %% ../nbs/lib/28_sft.ipynb #281a7974
 def sft_row(tok, p:Pool, group:list, g:np.random.Generator, t:torch.Generator, cfg, # cfg: core.Sft
-            inputs:str='both', own:dict=None, share:float=0., reencode:bool=True)->list:
+            inputs:str='both', own:dict=None, share:float=0., reencode:bool=True, shown:dict=None)->list: # shown: of `own_pixels`
     "One picture with several of its examples as branches, conditions dropped at random"
     out = context(p, group[0].image, inputs)
     for b, e in enumerate(group, 1):
-        mine = own[e.image][g.integers(len(own[e.image]))] if own and g.random() < share else None
-        out += example_segments(tok, p, e, g, t, b, mine, reencode)
+        k = g.integers(len(own[e.image])) if own and g.random() < share else None
+        z, image = (None if k is None or not d else d[e.image][k] for d in (own, shown))
+        out += example_segments(tok, p, e, g, t, b, z, reencode, image)
     vit = cfg.drop_vit if inputs == 'both' else 0. # a picture that is read by the ViT alone is never hidden
     return drop_conditions(out, g, cfg.drop_text, vit, cfg.drop_vae)
 
@@ -130,7 +133,7 @@ def as_direct(p:Pool, e:Example, seed:int)->Example:
 
 # %% ../nbs/lib/28_sft.ipynb #d265b8a4
 def stage_rows(model:ClearModel, p:Pool, groups:list, replayed:Pool|None, preset:Preset, n:int, # n: rows
-               g:np.random.Generator, t:torch.Generator, inputs:str, *how # how: own, share and reencode of `sft_row`
+               g:np.random.Generator, t:torch.Generator, inputs:str, *how # how: own, share, reencode and shown of `sft_row`
               )->list:
     "Rows of one update: labelled pictures, and the preset's share of replayed ones"
     tok, again = model.tokenizer, round(n*preset.sft.replay) if replayed else 0
@@ -148,10 +151,11 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
     if kind not in KINDS: raise ValueError(f'unknown kind {kind!r}; use clear, text or matched')
     acc, s = acc or accelerator(), preset.sft
     groups = by_image(examples if kind == 'clear' else [as_direct(p, e, seed) for e in examples])
+    shown = own_pixels(model, own) if own and s.own and kind == 'clear' else None
     run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)
     def loss(step):
         g, t = rng('sft', kind, seed, step), torch_rng('sft', kind, seed, step)
-        rows = stage_rows(model, p, groups, replayed, preset, s.batch, g, t, KINDS[kind], own, s.own)
+        rows = stage_rows(model, p, groups, replayed, preset, s.batch, g, t, KINDS[kind], own, s.own, True, shown)
         return run(lambda m: sft_loss(m, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., acc))
     return fit(model, loss, s.steps, s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
                desc=f'SFT {kind}', done=done)
@@ -163,7 +167,7 @@ def main(argv:list=None):
     acc, base, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
     labelled = pool(base, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
     with acc.autocast():
-        examples, _ = make_examples(base, labelled, seed, p.sft.balance)
+        examples, _ = make_examples(base, labelled, seed, p.sft)
         own = own_restorations(base, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
     train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
               state=folder.with_name('sft_state.pt'), done=lambda m, _: m.save_pretrained(folder, torch.float16))
