@@ -16,7 +16,7 @@ from PIL import Image
 from .core import Preset, find_stage, load_preset
 from .data import CUE
 from .flow import time_grid
-from .generate import POLICIES, Noise, Rollout, Sampling, count, decode_pixels, generate
+from .generate import POLICIES, WITHOUT, Noise, Rollout, Sampling, count, decode_pixels, generate
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
 from .trajectory import Text, Vae, Vit
@@ -72,7 +72,7 @@ def sampling_of(model:ClearModel, steps:int=None, **changes)->Sampling: # steps:
     s = Sampling(max_new=p.grpo.max_new_tokens, steps=p.eval.denoise_steps, shift=p.eval.shift)
     s = replace(s, **({} if steps is None else {'steps': steps}), **changes)
     time_grid(s.steps, s.shift) # refuses now what would fail after the first text
-    return replace(s, max_restores=0) if s.policy == 'never' else s
+    return replace(s, max_restores=0) if s.policy in WITHOUT else s
 
 # %% ../nbs/lib/38_answer.ipynb #1f4f9a0d
 def _words(model:ClearModel, text:str)->Text: return Text(tuple(model.tokenizer.encode(text, add_special_tokens=False)))

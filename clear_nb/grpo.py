@@ -103,12 +103,12 @@ def choose_steps(rollouts:list, generator:torch.Generator)->list: # per rollout:
     return [[draw(d) for d in r.restorations] for r in rollouts]
 
 # %% ../nbs/lib/32_grpo.ipynb #53a47259
-def forbidden(tokenizer, rollouts:list)->tuple: # (n,) running numbers of actions, (n,) token ids
+def forbidden(model:ClearModel, rollouts:list)->tuple: # (n,) running numbers of actions, (n,) token ids
     "What each action could not be, by the policy under which it was drawn"
     out, at = [], 0
     for r in rollouts:
         for n, turn in enumerate(r.turns):
-            banned = rules(tokenizer, r.policy, n == 0)['banned']
+            banned = rules(model.tokenizer, r.policy, n == 0, model.shape.eos)['banned']
             out += [(at + k, i) for k in range(len(turn.logp)) for b in banned for i in b.last(turn.ids[:k])]
             at += len(turn.logp)
     return tuple(torch.tensor(out, dtype=torch.long).view(-1, 2).T)
@@ -249,7 +249,7 @@ def _per_text(samples:list, p, values:list)->Tensor: # (n_ce,)
 # %% ../nbs/lib/32_grpo.ipynb #bb8c0b56
 def text_terms(model:ClearModel, h:Hidden, samples:list, o:Objective, ref:ClearModel=None)->tuple: # loss, details
     "Clipped token loss and the pull to the reference (eq. 2, 7–9)"
-    p, banned = h.packed, forbidden(model.tokenizer, [s.rollout for s in samples])
+    p, banned = h.packed, forbidden(model, [s.rollout for s in samples])
     logp = text_logp(model, h, o.temperature, banned)
     A, w = (_per_text(samples, p, [getattr(s, k) for s in samples]) for k in ('advantage', 'w_text'))
     d = logp - recorded_logp([s.rollout for s in samples]).to(logp)

@@ -23,7 +23,7 @@ from . import degrade as dg, scenes
 from .bench_files import Rows, Sample, build_files, content_hash, from_scenes, read_files, read_info, verify
 from .core import PATHS, Clock, Eval, Preset, closest, file_hash, find_stage, read_records, write_record
 from .data import Item, Pool, encode, own_restorations, prompts
-from .generate import Noise, Sampling, decode_pixels, generate
+from .generate import WITHOUT, Noise, Sampling, decode_pixels, generate
 from .model import ClearModel
 from .scoring import protocol_of, score_rows, score_units
 from .trajectory import parse
@@ -138,7 +138,7 @@ class Subject:
     severities:tuple = LEVELS
 
     @property
-    def restores(self)->bool: return self.kind == 'trace' and self.policy != 'never' and self.inputs != 'vit'
+    def restores(self)->bool: return self.kind == 'trace' and self.policy not in WITHOUT and self.inputs != 'vit'
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #05e54b90
 _ends, _direct = dict(severities=('clean', 'hard')), dict(kind='direct', policy='never')
@@ -148,7 +148,7 @@ SUBJECTS = {s.name: s for s in (
     Subject('text_cot', 'text_cot', 'vit', policy='never'), Subject('matched', 'matched', policy='never'),
     Subject('clear_sft', 'sft', mode='both'), Subject('oracle_sft', 'sft', mode='both', policy='always', returns='clean', **_ends),
     Subject('clear_bridge', 'bridge'), Subject('dec_rl', 'grpo-dec', mode='reencode'), Subject('clear_rl', 'grpo'),
-    Subject('never', 'grpo', policy='never', **_ends), Subject('always', 'grpo', policy='always', **_ends),
+    Subject('never', 'grpo', policy='direct', **_ends), Subject('always', 'grpo', policy='always', **_ends),
     Subject('oracle', 'grpo', policy='always', returns='clean', **_ends),
     Subject('substitute', 'grpo', returns='seen', **_ends), Subject('substitute_always', 'grpo', policy='always', returns='seen', **_ends))}
 
@@ -231,7 +231,7 @@ DIRECT_TOKENS = 8 # room for a direct answer
 def sampling(subject:Subject, ev:Eval, max_new:int)->Sampling:
     "How a subject generates: greedy text, ODE restoration."
     if subject.kind == 'direct': return Sampling(max_new=min(max_new, DIRECT_TOKENS), policy='never', max_restores=0)
-    once = dict(max_restores=0) if subject.policy == 'never' else {}
+    once = dict(max_restores=0) if subject.policy in WITHOUT else {}
     return Sampling(max_new=max_new, steps=ev.denoise_steps, shift=ev.shift, mode=subject.mode, policy=subject.policy, **once)
 
 def read(texts:list, kind:str)->str:

@@ -10,7 +10,7 @@ import clear_nb.generate
 from clear_nb import flow
 from clear_nb.core import torch_rng
 from clear_nb.flow import RENORMS, Guidance
-from clear_nb.generate import MODES, Field, Ids, Noise, Phrase, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore
+from clear_nb.generate import MODES, Field, Ids, Noise, Phrase, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore, rules
 from clear_nb.mot import KVCache
 from clear_nb.trajectory import Gap, Text, Vae, Vit, pack
 from clear_nb.vae import patchify, unpatchify
@@ -74,6 +74,18 @@ def test_greedy_direct():
     assert all(len(r.turns) == 1 and not r.restorations and MARK not in r.turns[0].ids for r in rolls)
     close(scored(model, rolls, banned=lambda turn: [MARK]), drawn(rolls))
     assert (scored(model, rolls) - drawn(rolls)).abs().max() > .01 # the ban was in force
+
+
+def test_greedy_answered():
+    "Policy direct: also the end is banned, until `<answer>` was said."
+    model, end = talker(6, marker=6., end=8.), 1
+    never, rolls = (generate(model, asked(model), Sampling(max_new=40, policy=p)) for p in ('never', 'direct'))
+    assert end == model.shape.eos and any(r.turns[0].ended and ANSWER not in r.turns[0].ids for r in never) # the ban matters
+    assert all(len(r.turns) == 1 and not r.restorations and MARK not in r.turns[0].ids for r in rolls) and {r.turns[0].ended for r in rolls} == {True, False}
+    for r in rolls:
+        [t] = r.turns
+        assert ANSWER in t.ids if t.ended else len(t.ids) == 40
+        assert [i for k in range(len(t.ids)) for i in rules(model.tokenizer, 'direct', True, end)['banned'][1].last(t.ids[:k])] == [end]*(t.ids.index(ANSWER) + 1 if ANSWER in t.ids else 40)
 
 
 def test_greedy_restored():
@@ -315,7 +327,7 @@ def test_phrases_against_search():
     "Random tokens: a phrase is said exactly when the joined text first holds it behind the last id, and `last` lists exactly the ids that do that."
     tok = fused_tokenizer()
     pieces = {i: p for p, i in tok.get_vocab().items()}
-    phrase, some, g = Phrase(tok, '>re>'), [i for i, p in pieces.items() if p in ('>', '<', '><', 're', 'e', 'r')], torch_rng('phrases')
+    phrase, some, g = Phrase(tok, '>re>'), sorted(i for i, p in pieces.items() if p in ('>', '<', '><', 're', 'e', 'r')), torch_rng('phrases')
     said = 0
     for _ in range(300):
         ids = [some[k] for k in torch.randint(len(some), (8,), generator=g)]
@@ -389,7 +401,7 @@ def test_refusals():
     ask = asked(model)
     with pytest.raises(ValueError, match='list of prompts is empty'): generate(model, [])
     with pytest.raises(ValueError, match='no tokenizer'): generate(tiny_model(1), ask)
-    with pytest.raises(ValueError, match='unknown .sometimes.; use adaptive, never, always'): Sampling(policy='sometimes')
+    with pytest.raises(ValueError, match='unknown .sometimes.; use adaptive, never, direct, always'): Sampling(policy='sometimes')
     with pytest.raises(ValueError, match='unknown .pixels.; use bridge, reencode, both'): Sampling(mode='pixels')
     with pytest.raises(ValueError, match="unknown way 'pixels'"): reinject(model, torch.zeros(4, 8, 8), 'pixels')
     with pytest.raises(ValueError, match='1 oracle latents for 2 prompts'): generate(model, ask, oracle=[torch.zeros(4, 8, 8)])

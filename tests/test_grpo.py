@@ -420,7 +420,7 @@ def answer_gradient(toy, mode, inputs, k):
     ask, s = prompts(toy.model.tokenizer, toy.pool, toy.pairs, inputs), replace(sampling(toy.cfg), mode=mode, policy='always')
     rolls = generate(toy.model, ask, s, Noise('bridge'), 4, tuple(toy.pool.seen_z.shape[1:]))
     r = next(r for r in rolls if r.restorations)
-    logp = text_logp(toy.model, hidden(toy.model, [r], [k and [k]]), banned=forbidden(toy.model.tokenizer, [r]))
+    logp = text_logp(toy.model, hidden(toy.model, [r], [k and [k]]), banned=forbidden(toy.model, [r]))
     assert (logp - recorded_logp([r])).abs().max() < 1e-4
     named = {n: p for n, p in toy.model.named_parameters() if p.requires_grad and any(e in n for e in EXPERT)}
     grads = torch.autograd.grad(logp[len(r.turns[0].logp):].sum(), named.values(), allow_unused=True)
