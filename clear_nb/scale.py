@@ -27,11 +27,15 @@ def part_of(name:str)->str:
     return 'gen' if 'moe_gen' in name or not name.startswith('language_model.') else 'und'
 
 # %% ../nbs/lib/46_scale.ipynb #61f8b501
+_counted = {} # a 7B model takes seconds to build, also without memory
+
 def count_parameters(cfg:ClearConfig)->dict: # part -> number
     "Parameters by part, counted on a model without memory"
-    out = dict.fromkeys(('und', 'gen', 'embed', 'head', 'vit', 'vae'), 0)
-    for n, p in meta_model(cfg).named_parameters(): out[part_of(n)] += p.numel()
-    return out
+    if (key := repr(cfg)) not in _counted:
+        out = dict.fromkeys(('und', 'gen', 'embed', 'head', 'vit', 'vae'), 0)
+        for n, p in meta_model(cfg).named_parameters(): out[part_of(n)] += p.numel()
+        _counted[key] = out
+    return dict(_counted[key])
 
 # %% ../nbs/lib/46_scale.ipynb #36702b89
 def saved_bytes(f, weights:set=frozenset())->int: # weights: storages that do not count

@@ -13,6 +13,7 @@ from clear_nb import pipeline
 from clear_nb.core import PATHS, ROOT
 from clear_nb.pipeline import NotebookFailed, main, modules, run, run_all, stale_exports, stamp, steps, up_to_date
 from nbformat.v4 import new_code_cell, new_notebook
+from processes import python
 
 CHAIN = steps('base', full=True)
 HEAD = "preset:str = 'smoke' # numbers\nseed:int = 0 # run\nsteps:int = 2 # updates"
@@ -257,14 +258,14 @@ def test_module_runs_as_a_program():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)
 @pytest.mark.skipif(any(not (ROOT/'nbs'/f'{s}.ipynb').exists() for s, *_ in CHAIN), reason='a pipeline notebook is missing')
 def test_smoke_chain(tmp_path):
     """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
     for folder in ('nbs', 'clear_nb', 'params'): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     shutil.copy(ROOT/'settings.ini', tmp_path)
-    command = [sys.executable, '-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base', '--all', '--seed', '0']
-    env = dict(os.environ, PYTHONPATH=str(tmp_path))
-    first, second = (subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True) for _ in range(2))
-    assert first.returncode == 0, first.stderr[-3000:]
+    command = ['-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base', '--all', '--seed', '0']
+    first, second = (python(*command, seconds=1500, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2))
+    assert first.returncode == 0, (first.returncode, first.stderr[-3000:])
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
     assert list((tmp_path/'runs'/'smoke'/'results').glob('04_mmd_bench-*-seed0.json'))
