@@ -34,7 +34,7 @@ figures: $(READY) ## redraw every table and figure, and the README, from the com
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: $(READY) ## run every notebook and every test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0 $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist load $(ARGS)
 
 audit: $(READY) ## do the packages fit together, and has one of them a known vulnerability (asks PyPI's database)
 	$(BIN)/python -m pip check

@@ -258,14 +258,14 @@ def test_module_runs_as_a_program():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(any(not (ROOT/'nbs'/f'{s}.ipynb').exists() for s, *_ in CHAIN), reason='a pipeline notebook is missing')
 def test_smoke_chain(tmp_path):
     """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
     for folder in ('nbs', 'clear_nb', 'params'): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     shutil.copy(ROOT/'settings.ini', tmp_path)
     command = ['-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base', '--all', '--seed', '0']
-    first, second = (python(*command, seconds=1500, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2))
+    first, second = (python(*command, seconds=700, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2))
     assert first.returncode == 0, (first.returncode, first.stderr[-3000:])
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
     assert list((tmp_path/'runs'/'smoke'/'results').glob('04_mmd_bench-*-seed0.json'))
