@@ -24,7 +24,7 @@ def waited(pids, seconds=120):
 
 def python(*args, seconds=300, cwd=ROOT, **env):
     """Run this Python with a package path and one thread, in a process group that ends with it; returns a CompletedProcess with text."""
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1', **env}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')]), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **env} # unbuffered: a forked child would print again what its parent still holds
     with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err: # files: a grandchild that holds a pipe would keep the reader waiting
         p = subprocess.Popen([sys.executable, *map(str, args)], env=env, stdout=out, stderr=err, cwd=cwd, start_new_session=True)
         try: code = p.wait(seconds)
