@@ -340,7 +340,7 @@ if __name__ == '__main__': bf.build_files(bf.read_tsv(sys.argv[1]), sys.argv[2],
 '''
 
 
-def alive(group): return subprocess.run(['pgrep', '-g', str(group)], capture_output=True, text=True).stdout.split()
+def alive(group): return subprocess.run(['pgrep', '-r', 'D,R,S', '-g', str(group)], capture_output=True, text=True).stdout.split()
 
 
 @pytest.mark.parametrize('workers', [1, 2])
