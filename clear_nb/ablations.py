@@ -57,9 +57,9 @@ def lambda_cases(p:Preset, most:int=0)->list:
     return _stage3('lambda', ('lambda_flow',), (p.grpo.lambda_flow,), [(float(v),) for v in paper_table(12)['lambda']], most)
 
 def reward_cases(p:Preset, most:int=0)->list:
-    "Cases for the weights of the reward (paper Table 13)."
-    names = 'w_acc', 'w_fmt', 'w_dec'
-    rows = paper_table(13)[list(names)].astype(float).itertuples(index=False, name=None)
+    "Cases for the weights of the reward (paper Table 13, where nothing is taken off for a restoration)."
+    names = 'w_acc', 'w_fmt', 'w_dec', 'w_cost'
+    rows = paper_table(13).assign(w_cost=0.)[list(names)].astype(float).itertuples(index=False, name=None)
     return _stage3('reward', names, tuple(getattr(p.grpo, k) for k in names), rows, most)
 
 # %% ../nbs/lib/37_ablations.ipynb #53650826

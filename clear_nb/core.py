@@ -116,7 +116,7 @@ class Data:
     "Training questions."
     scenes:int # images with clean questions
     questions_per_image:int # questions packed with one image
-    labelled:int # labelled questions about degraded images, for stages 1 to 3
+    labelled:int # labelled questions about degraded images in each of two sets: for stages 1 and 2, and for stage 3
     image_size:int # pixels
 
 # %% ../nbs/lib/00_core.ipynb #1d7f641e

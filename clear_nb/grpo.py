@@ -85,7 +85,7 @@ def state_at(d, # generate.Restoration with states
 
 # %% ../nbs/lib/32_grpo.ipynb #9da835a8
 def rollout_segments(r:Rollout, steps:list=None)->list: # steps: the one chosen of each restoration; None leaves x_t out
-    "The context a trajectory was generated in, with x_t where it was denoised (architecture: the triple); ValueError if it was not recorded"
+    "The context a trajectory was generated in, with x_t where it was denoised (the triple of 18_trajectory); ValueError if it was not recorded"
     out = list(r.prompt)
     for n, turn in enumerate(r.turns):
         out.append(Text(tuple(turn.ids), loss=True, eos_loss=turn.ended))

@@ -131,7 +131,7 @@ class Subject:
     stage:str # checkpoint, a key of core.STAGE_MADE_BY
     inputs:str = 'both' # 'vit' or 'both': latent and ViT
     kind:str = 'trace' # 'trace': answers inside <answer>…</answer>; 'direct': the text is the answer
-    policy:str = 'adaptive' # adaptive, never or always
+    policy:str = 'adaptive' # adaptive, never, direct or always
     mode:str = 'bridge' # how a restored picture returns: bridge, reencode or both
     returns:str = 'generated' # which latent returns: generated, clean or seen
     first:str = '' # what is done to the picture before, a key of FIRST

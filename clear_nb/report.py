@@ -340,7 +340,7 @@ def table11(records:list, titles:Mapping, # our benchmark to its title
 # %% ../nbs/lib/40_report.ipynb #c81bd180
 SWEEPS = { # kind: number of the table, the paper's column to (section, name) of a preset
     'lambda': (12, {'lambda': ('grpo', 'lambda_flow')}),
-    'reward': (13, {k: ('grpo', k) for k in ('w_acc', 'w_fmt', 'w_dec')}),
+    'reward': (13, {k: ('grpo', k) for k in ('w_acc', 'w_fmt', 'w_dec', 'w_cost')}),
     'steps': (14, {'steps': ('eval', 'denoise_steps')})}
 
 def _setting(record:dict, kind:str)->tuple: # numbers in the order of the paper's columns
@@ -384,6 +384,7 @@ def table_sweep(kind:str, # key of SWEEPS
     "The paper's settings and ours; a setting that only one of both tried says so."
     number, names = SWEEPS[kind]
     paper, runs = paper_table(number) if paper is None else paper, _runs(kind, ablations, [r for r in main if model in r['metrics']['scores']])
+    if kind == 'reward': paper = paper.assign(w_cost=0.) # eq. 5 takes nothing off
     theirs = {tuple(float(r[k]) for k in names): r for r in paper.to_dict('records')}
     keys = [*theirs, *(k for k in runs if k not in theirs)]
     if len(names) == 1: keys = sorted(keys)

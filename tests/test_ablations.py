@@ -19,7 +19,7 @@ from clear_nb.data import labelled_items
 SMOKE = load_preset('smoke')
 BENCHMARKS = 'mmbench', 'easyvqa' # two are enough here
 TODO = [*ab.cases(SMOKE, most=1), ab.lambda_cases(SMOKE, 2)[1]] # one of each kind, three for labels, and one that trains stage 3
-NAMES = ['lambda_flow=0.3', 'w_acc=0.75+w_fmt=0.1+w_dec=0.15', 'denoise_steps=2', *(f'labels=2+model={m}' for m in ('clear', 'always', 'matched')), 'lambda_flow=0.0']
+NAMES = ['lambda_flow=0.3', 'w_acc=0.75+w_fmt=0.1+w_dec=0.15+w_cost=0.0', 'denoise_steps=2', *(f'labels=2+model={m}' for m in ('clear', 'always', 'matched')), 'lambda_flow=0.0']
 
 
 @lru_cache

@@ -277,7 +277,7 @@ def test_cells_are_recomputed(records, frame):
 
 def test_sweeps(records):
     """A changed number finds its row; the main run fills its own value only where no ablation holds it; another kind stays out."""
-    extra = [ablation('lambda', dict(lambda_flow=.1), .7), ablation('reward', dict(w_acc=1., w_fmt=0., w_dec=0.), .4), ablation('steps', dict(denoise_steps=30), .6)]
+    extra = [ablation('lambda', dict(lambda_flow=.1), .7), ablation('reward', dict(w_acc=1., w_fmt=0., w_dec=0., w_cost=0.), .4), ablation('steps', dict(denoise_steps=30), .6)]
     t = table_sweep('lambda', extra, records, list(SETS), scale='x').set_index('lambda')
     assert ours(t)['hard (ours, x)'].ne('unknown').to_dict() == {'0': False, '0.1': True, '0.3': True, '0.5': False, '1': False}
     want = np.mean([100*c['hard']['correct'].count('1')/100 for c in extra[0]['metrics']['scores']['clear_rl'].values()])
