@@ -7,11 +7,10 @@ __all__ = ['REASONS', 'BLOCK', 'Sample', 'content_hash', 'Reject', 'Rows', 'pars
            'read_datasets', 'from_scenes', 'Plan', 'build_files', 'read_info', 'read_files', 'verify', 'write_tsv']
 
 # %% ../nbs/lib/33_bench_files.ipynb #bfb3e307
-import base64, binascii, csv, hashlib, io, json, multiprocessing, os, re, struct, warnings, zlib
+import base64, binascii, csv, hashlib, io, json, multiprocessing, re, struct, warnings, zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -19,7 +18,8 @@ from importlib import metadata
 from itertools import chain, count, islice
 from pathlib import Path
 from string import ascii_uppercase
-from threading import Thread
+from queue import SimpleQueue
+from traceback import format_exc
 import cv2
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
@@ -396,12 +396,15 @@ def _job(p:Plan, s:Sample, corruption:str, severity:str)->tuple:
     return s.image, corruption, severity, _key(p, s, corruption, severity), p.relative, p.jpeg_quality
 
 # %% ../nbs/lib/33_bench_files.ipynb #781f4e2f
-def _start_worker(): # one OpenCV thread; end with the parent
+def _serve(pipe): # a worker: one OpenCV thread; a reply to each job, until the other end is gone
     cv2.setNumThreads(1)
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    Thread(target=watch, daemon=True).start()
+    try:
+        while True:
+            job = pipe.recv()
+            try: reply = _corrupt(job), None
+            except Exception as e: e.add_note(format_exc()); reply = None, e # raised where the reply is read
+            pipe.send(reply)
+    except (EOFError, OSError): return
 
 # %% ../nbs/lib/33_bench_files.ipynb #427d6b2e
 @contextmanager
@@ -411,6 +414,26 @@ def _one_thread()->Iterator: # OpenCV in this process, as in a worker
     try: yield
     finally: cv2.setNumThreads(before)
 
+# %% ../nbs/lib/33_bench_files.ipynb #c045f085
+def _started(free:SimpleQueue)->multiprocessing.Process: # our end of its pipe is put into `free`
+    context = multiprocessing.get_context('spawn')
+    here, there = context.Pipe()
+    p = context.Process(target=_serve, args=(there,), daemon=True)
+    p.start()
+    there.close() # or its death would not end the pipe
+    free.put(here)
+    return p
+
+def _asked(free:SimpleQueue, job:tuple)->tuple: # result of `_corrupt` in a free worker
+    pipe = free.get()
+    try:
+        pipe.send(job)
+        out, error = pipe.recv()
+    except (EOFError, OSError) as e: raise ChildProcessError('a worker process died (killed, or out of memory); start again: finished files are kept, and fewer workers need less memory') from e
+    finally: free.put(pipe)
+    if error: raise error
+    return out
+
 # %% ../nbs/lib/33_bench_files.ipynb #aa7b726e
 @contextmanager
 def _workers(n:int)->Iterator: # job -> function that returns its result
@@ -418,10 +441,14 @@ def _workers(n:int)->Iterator: # job -> function that returns its result
     if n == 1:
         with _one_thread(): yield lambda job: partial(_corrupt, job)
         return
-    pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start_worker)
-    try: yield lambda job: pool.submit(_corrupt, job).result
-    except BrokenProcessPool as e: raise ChildProcessError('a worker process died (killed, or out of memory); start again: finished files are kept, and fewer workers need less memory') from e
-    finally: pool.shutdown(cancel_futures=True)
+    started, free, threads = [], SimpleQueue(), ThreadPoolExecutor(n)
+    try:
+        for _ in range(n): started.append(_started(free))
+        yield lambda job: threads.submit(_asked, free, job).result
+    finally:
+        for p in started: p.kill() # a thread that waits for a reply is told so by its pipe
+        threads.shutdown(cancel_futures=True)
+        for p in started: p.join()
 
 # %% ../nbs/lib/33_bench_files.ipynb #dc35381a
 def _record(p:Plan, s:Sample, corruption:str, severity:str, made:tuple)->dict: # a row of the file

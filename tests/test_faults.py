@@ -166,8 +166,11 @@ def small_disk(size):
     """No file can grow beyond so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True # Python would keep half a .pyc and stumble over it later
     try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = written
 
 
 def died(f):
