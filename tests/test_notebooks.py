@@ -7,8 +7,6 @@ from clear_nb.core import ROOT
 from processes import python
 
 NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)]
-
-
 LIB = [p for p in NOTEBOOKS if p.parent.name == 'lib']
 
 
