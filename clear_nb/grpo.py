@@ -108,7 +108,7 @@ def forbidden(model:ClearModel, rollouts:list)->tuple: # (n,) running numbers of
     out, at = [], 0
     for r in rollouts:
         for n, turn in enumerate(r.turns):
-            banned = rules(model.tokenizer, r.policy, n == 0, model.shape.eos)['banned']
+            banned = rules(model, r.policy, n == 0)['banned']
             out += [(at + k, i) for k in range(len(turn.logp)) for b in banned for i in b.last(turn.ids[:k])]
             at += len(turn.logp)
     return tuple(torch.tensor(out, dtype=torch.long).view(-1, 2).T)

@@ -199,7 +199,7 @@ def inputs(n:int, severity:str, split:str='val')->list: # data.Items with one qu
 # %% ../nbs/lib/44_perceptual.ipynb #1bf9808e
 def _state(model:ClearModel, start:list, draw:Noise, zs:tuple, ev:Eval, max_new:int)->tuple: # start: prompts; zs: shape of a latent
     "Thoughts and restorations of one batch."
-    rows, rule = range(len(start)), rules(model.tokenizer, 'always', True, model.shape.eos)
+    rows, rule = range(len(start)), rules(model, 'always', True)
     slots = max(room(model, s, zs, Sampling(max_new=max_new, max_restores=1)) for s in start)
     cache = KVCache(model.mot.cfg, len(rows), slots, model.device, model.cache_dtype)
     prefill(model, cache, start)

@@ -11,8 +11,9 @@ from clear_nb import flow
 from clear_nb.core import torch_rng
 from clear_nb.flow import RENORMS, Guidance
 from clear_nb.generate import MODES, Field, Ids, Noise, Phrase, Sampling, branches, count, decode, draw, generate, guide_caches, prefill, reinject, restore, rules
+from clear_nb.grpo import forbidden, text_logp
 from clear_nb.mot import KVCache
-from clear_nb.trajectory import Gap, Text, Vae, Vit, pack
+from clear_nb.trajectory import MARKER, Gap, Text, Vae, Vit, pack
 from clear_nb.vae import patchify, unpatchify
 from test_model import CONTROL, byte_tokenizer, close, picture, tiny_model
 
@@ -85,7 +86,7 @@ def test_greedy_answered():
     for r in rolls:
         [t] = r.turns
         assert ANSWER in t.ids if t.ended else len(t.ids) == 40
-        assert [i for k in range(len(t.ids)) for i in rules(model.tokenizer, 'direct', True, end)['banned'][1].last(t.ids[:k])] == [end]*(t.ids.index(ANSWER) + 1 if ANSWER in t.ids else 40)
+        assert [i for k in range(len(t.ids)) for i in rules(model, 'direct', True)['banned'][1].last(t.ids[:k])] == [end]*(t.ids.index(ANSWER) + 1 if ANSWER in t.ids else 40)
 
 
 def test_greedy_restored():
@@ -94,6 +95,21 @@ def test_greedy_restored():
     rolls = generate(model, asked(model), Sampling(max_new=12, policy='always', max_restores=1, steps=4))
     assert all(len(r.turns) == 2 and len(r.restorations) == 1 and r.turns[0].ids[-1] == MARK for r in rolls)
     close(scored(model, rolls, banned=lambda turn: [ANSWER] if turn == 0 else []), drawn(rolls))
+
+
+@pytest.mark.parametrize('tags', [('</think>',), ('</think>', '</think', '><', 'ans', '<im')])
+@pytest.mark.parametrize('policy, follows', [('direct', '<answer>'), ('always', MARKER)])
+def test_behind_the_thought(tags, policy, follows):
+    "However the tags are cut into tokens, what the policy asks for stands directly behind the first thought, and the ids spell it."
+    model = talker(8, tokenizer=byte_tokenizer(tags))
+    model.language_model.lm_head.weight[260:260 + len(tags)] *= 12. # </think> and its parts are said often
+    rolls = generate(model, asked(model), Sampling(max_new=40, temperature=1., policy=policy, max_restores=int(policy == 'always'), steps=3), Noise('fork'), group=8)
+    behind = [r.texts[0].partition('</think>')[2] for r in rolls]
+    assert sum(b.startswith(follows) for b in behind) > 2 and all(b.startswith(follows) or follows.startswith(b) for b in behind) # cut at the limit
+    assert all(bool(r.restorations) == (policy == 'always' and b.startswith(follows)) for r, b in zip(rolls, behind))
+    free = generate(model, asked(model), Sampling(max_new=40, temperature=1.), Noise('fork'), group=8)
+    assert not any(t.partition('</think>')[2].startswith(follows) for r in free for t in r.texts)
+    close(text_logp(model, model(pack([replay(r, model=model) for r in rolls], model.shape)), 1., forbidden(model, rolls)), drawn(rolls), 5e-4)
 
 
 def test_no_ban_in_force():
