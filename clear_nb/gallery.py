@@ -99,7 +99,8 @@ def _line(axes, title:str, e:dict|None, scanned:int)->None: # four axes of one f
 # %% ../nbs/lib/47_gallery.ipynb #96fa6cdf
 def page(metrics:dict, rule:str)->plt.Figure: # metrics: of `gallery`; rule: a key of its rules
     "One line per family."
-    fig, axes = plt.subplots(len(metrics['picked']), 4, figsize=(8, 1.25*len(metrics['picked'])), dpi=80, layout='constrained', width_ratios=[1, 1, 1, 4.5])
+    heights = [1.25 if found[rule] else .25 for found in metrics['picked'].values()] # inches; a family without such a question is one line of text
+    fig, axes = plt.subplots(len(heights), 4, figsize=(8, sum(heights) + .3), dpi=80, layout='constrained', width_ratios=[1, 1, 1, 4.5], height_ratios=heights, squeeze=False)
     for ax, (family, found) in zip(axes, metrics['picked'].items()): _line(ax, FAMILIES[family].title, found[rule], metrics['scanned'][family])
     total, of = sum(c[rule] for c in metrics['counts'].values()), sum(metrics['scanned'].values())
     fig.suptitle(f"{metrics['rules'][rule]}: {total} of {of} questions", fontsize=8)
