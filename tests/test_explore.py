@@ -343,7 +343,7 @@ def test_in_a_browser(notebook, browser, tmp_path):
     """Run all cells; the widgets show up, follow the controls, and the button brings an answer, its steps and its attention."""
     page, shot = browser, os.environ.get('SCREENSHOTS', tmp_path) # a folder, to look at afterwards
     page.goto(notebook)
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for() # menus are complete when a kernel is there
+    page.locator('#jp-main-statusbar', has_text=re.compile(r'Python.*Idle')).wait_for() # before a kernel is there, Run All Cells would ask for one
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_text('Run All Cells', exact=True).click()
     button = page.locator('.jupyter-button', has_text='Ask')
