@@ -84,8 +84,8 @@ def _compared()->dict: # name to recipe and subject
     return dict(clear=('clear', bridge), always=('clear', replace(bridge, name='always', policy='always')), matched=('matched', _ends(SUBJECTS['matched'])))
 
 def label_cases(p:Preset, most:int=0, text:str='')->list: # most: budgets, 0 for all; text: as in `budgets`
-    "Cases for the number of labelled degraded questions of stages 1 and 2: CLEAR, CLEAR that always restores, and the control."
-    return [Case('labels', {'data.labelled': n}, dict(labels=n, model=m), subject, recipe)
+    "Cases for the number of labelled degraded questions of stages 1 and 2: CLEAR, CLEAR that always restores, and the control. The preset's own number trains nothing."
+    return [Case('labels', {'data.labelled': n}, dict(labels=n, model=m), subject, recipe if n != p.data.labelled else '')
             for n in budgets(p, text)[:most or None] for m, (recipe, subject) in _compared().items()]
 
 # %% ../nbs/lib/37_ablations.ipynb #b75a40e9
