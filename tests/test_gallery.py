@@ -42,9 +42,9 @@ def metrics(found):
 
 
 @pytest.mark.parametrize('given, want', [
-    (answers((0, 1, 0, 1), base=(0, 1, 0, 0), never=(0, 1, 1, 0)), dict(helped=3, failed=0, harmed=2)),
-    (answers((1, 1, 1, 1), base=(1, 1, 1, 1)), dict(helped=None, failed=None, harmed=None)),
-    (answers((0, 0, 1, 0), restored=(0, 0, 0, 1), never=(1, 1, 1, 1)), dict(helped=None, failed=3, harmed=3))])
+    (answers((0, 1, 0, 1), base=(0, 1, 0, 0), never=(0, 1, 1, 0)), dict(helped=3, lost=None, failed=0, harmed=2)),
+    (answers((1, 1, 1, 1), base=(1, 1, 1, 1)), dict(helped=None, lost=None, failed=None, harmed=None)),
+    (answers((0, 0, 1, 0), restored=(0, 0, 0, 1), never=(1, 1, 1, 1)), dict(helped=None, lost=None, failed=3, harmed=3))])
 def test_the_first_that_meets_the_rule(model, rows, given, want):
     """A question without a restoration meets none; of those that do, the first is shown."""
     picked, counts = ga.choose(rows, given, model)
