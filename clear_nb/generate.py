@@ -122,6 +122,7 @@ class Until:
     phrase: Phrase; token: int
     def last(self, ids:list)->list: return [] if self.phrase.inside(ids) else [self.token]
 
+# %% ../nbs/lib/22_generate.ipynb #340646f3
 def _ban(logits:Tensor, # (rows, V), changed in place
          texts:list, # ids so far, one list per row
          banned): # Phrase, Ids, Until or Next, …

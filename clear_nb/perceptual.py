@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'IQA', 'MUSIQ_HASH', 'STAGES', 'REFERENCES', 'Metric', 'brisque', 'niqe', 'pixels', 'enlarged',
            'niqe_features', 'Pristine', 'refit', 'NotRun', 'musiq', 'scorers', 'score', 'inputs', 'states', 'decoded',
            'Shown', 'show', 'restore_all', 'figure_states', 'measure', 'analyse', 'Score', 'values', 'difference',
-           'level', 'trusted', 'quality', 'table4', 'gain_by_corruption', 'figure_gain']
+           'level', 'trusted', 'quality', 'table4', 'quality_findings', 'gain_by_corruption', 'figure_gain']
 
 # %% ../nbs/lib/44_perceptual.ipynb #1e27a919
 import os, pickle, tempfile
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
-import warnings
+import re, warnings
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from .generate import Noise, Sampling, decode, decode_pixels, prefill, restore, 
 from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
-from .report import UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, compare, outcomes, paired_difference, verdict
+from .report import UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, compare, finding, outcomes, paired_difference, seed_interval, seed_text, verdict
 
 # %% ../nbs/lib/44_perceptual.ipynb #8c29bee7
 @dataclass(frozen=True)
@@ -316,7 +316,8 @@ class Score(Estimate):
 
 # %% ../nbs/lib/44_perceptual.ipynb #4886d70c
 def _not_run(records:list, name:str)->str: # '' when the column ran in all records
-    return next((f'not run: {why}' for r in records if (why := r['metrics']['columns'][name]['not_run'])), '')
+    "The first part of the reason; the record has all of it."
+    return next((f"not run: {re.split(', and |; ', why)[0]}" for r in records if (why := r['metrics']['columns'][name]['not_run'])), '')
 
 def values(records:list, state:str, # records of this analysis; key of STAGES or REFERENCES
            severity:str, name:str # key of METRICS
@@ -362,6 +363,7 @@ def _prefers_clean(records:list, severity:str, name:str, other:str)->str: # verd
 def trusted(records:list, severity:str, name:str)->str:
     "Does the metric prefer the clean picture to the degraded one and to both states?"
     if METRICS[name].kind == 'full reference': return 'by construction'
+    if why := _not_run(records, name): return why
     said = {label: _prefers_clean(records, severity, name, k) for k, label in {'seen': REFERENCES['seen'], **STAGES}.items()}
     if wrong := [k for k, v in said.items() if v == 'contradicted']: return f"no, it prefers: {', '.join(wrong)}"
     return 'yes' if set(said.values()) == {'shown'} else 'unknown' if 'unknown' in said.values() else 'open'
@@ -377,11 +379,12 @@ def quality(records:list, severities=('low', 'mid', 'hard'))->pd.DataFrame:
     return pd.DataFrame([_quality_row(records, s, k, m) for s in severities for k, m in METRICS.items()])
 
 # %% ../nbs/lib/44_perceptual.ipynb #166e23e4
-def _accuracy(frame:pd.DataFrame|None, row:str, severity:str)->Estimate: # of `report.scores_frame`; key of STAGES or 'difference'
+def _accuracy(frame:pd.DataFrame|None, row:str, severity:str)->Estimate|str: # of `report.scores_frame`; key of STAGES or 'difference', others have none
+    if row not in ('difference', *STAGES): return 'no answer'
     if frame is None: return UNKNOWN
     if row == 'difference': return compare(frame, 'correct', ('clear_rl', severity), ('clear_sft', severity))
-    found = outcomes(frame, dict(sft='clear_sft', grpo='clear_rl')[row], severity)
-    return bootstrap_average(list(found.values()), rng('table4', row))
+    model = dict(sft='clear_sft', grpo='clear_rl')[row]
+    return bootstrap_average(list(outcomes(frame, model, severity).values()), rng('report', model, severity, 'AVG'))
 
 # %% ../nbs/lib/44_perceptual.ipynb #9d20b7df
 def _paper_cells(paper:pd.DataFrame, row:str)->pd.Series: # indexed by the paper's columns, empty for rows it lacks
@@ -394,23 +397,42 @@ def _row4(records:list, row:str, theirs:pd.Series, severity:str, scale:str)->dic
     "Cells of one row without accuracy."
     cells = {}
     for k, m in METRICS.items():
-        cells[f'{m.head}, ours, {scale}'] = difference(records, severity, k) if row == 'difference' else level(records, row, severity, k)
+        what = dict(difference=difference, trusted=trusted).get(row, lambda *where: level(where[0], row, *where[1:]))
+        cells[f'{m.head}, ours, {scale}'] = what(records, severity, k)
         if m.title in ('BRISQUE', 'NIQE', 'MUSIQ'): cells[f'{m.title}, paper, 7B'] = theirs.get(m.title, 'not reported')
     return cells
 
 # %% ../nbs/lib/44_perceptual.ipynb #570802b5
 def table4(records:list, # of 05_perceptual, one per seed
-           frame:pd.DataFrame|None=None, # accuracies, from `report.scores_frame`
+           frame:pd.DataFrame|None=None, # accuracies, from `report.scores_frame`, of the benchmarks to average over
            severity:str='hard', paper:pd.DataFrame|None=None, # Table 4 of the paper
            scale:str='tiny' # label of our columns
           )->pd.DataFrame:
-    "States, their paired difference and the references, ours beside the paper's; what was not measured says so."
+    "States, their paired difference, the references, and whether the metric works here, ours beside the paper's; what was not measured says so."
     paper, rows = paper_table(4) if paper is None else paper, []
-    for row, label in {**STAGES, 'difference': 'RL − SFT, paired', **REFERENCES}.items():
-        theirs, ours = _paper_cells(paper, row), 'no answer' if row in REFERENCES else _accuracy(frame, row, severity)
+    for row, label in {**STAGES, 'difference': 'RL − SFT, paired', **REFERENCES, 'trusted': 'does it prefer the clean picture?'}.items():
+        theirs, ours = _paper_cells(paper, row), _accuracy(frame, row, severity)
         last = {f'accuracy on {severity} (%), ours, {scale}': ours, 'accuracy on hard (%), paper, 7B': theirs.get('hard_avg', 'not reported')}
         rows.append({'state': label, **_row4(records, row, theirs, severity, scale), **last})
     return pd.DataFrame(rows)
+
+# %% ../nbs/lib/44_perceptual.ipynb #e416bcb8
+def _gains(records:list, severity:str, name:str)->list: # RL − SFT of every record
+    return [float((b - a).mean()) for a, b in (_pair([r], severity, name) for r in records) if len(a)]
+
+def _quality_finding(records:list, k:str, m:Metric, severity:str, theirs:pd.Series)->dict:
+    d, sign, said = difference(records, severity, k), 1 if m.higher_is_better else -1, trusted(records, severity, k)
+    text, compared = f'restored pictures after stage 3 are better by {m.title}', f"{severity}: RL − SFT, {'higher' if sign > 0 else 'lower'} is better"
+    if isinstance(d, str): return finding(text, compared, UNKNOWN, [], theirs.get(m.title, np.nan)) | dict(difference=d, verdict='not run')
+    each = _gains(records, severity, k)
+    row = finding(text, compared, _better(k, d), [sign*x for x in each], theirs.get(m.title, np.nan))
+    return row | {'difference': d, '95 % over seeds': seed_text(seed_interval(each), 2), **(dict(verdict='metric fails here') if said.startswith('no') else {})}
+
+# %% ../nbs/lib/44_perceptual.ipynb #9ace56ce
+def quality_findings(records:list, severity:str='hard', paper:pd.DataFrame|None=None)->pd.DataFrame: # of 05_perceptual; Table 4 of the paper
+    "Are restored pictures better after stage 3? Differences in the unit of the metric."
+    theirs = _paper_cells(paper_table(4) if paper is None else paper, 'difference')
+    return pd.DataFrame([_quality_finding(records, k, m, severity, theirs) for k, m in METRICS.items()])
 
 # %% ../nbs/lib/44_perceptual.ipynb #da366006
 def _groups(records:list)->dict: # label to index arrays, one per corruption

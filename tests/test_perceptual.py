@@ -197,7 +197,7 @@ def test_trust(records):
     before = [c['niqe'] for c in cells]
     assert said(1., 9., 5., 4.) == 'yes' and said(5., 9., 4., 3.) == 'no, it prefers: SFT state, RL state' and said(9., 3., 20., 21.) == 'no, it prefers: degraded input'
     for c, text in zip(cells, before): c['niqe'] = text
-    assert pc.trusted(records, 'hard', 'psnr') == 'by construction' and pc.trusted(records, 'hard', 'musiq') == 'unknown'
+    assert pc.trusted(records, 'hard', 'psnr') == 'by construction' and pc.trusted(records, 'hard', 'musiq') == 'not run: no weights here'
 
 
 def test_seeds_are_averaged_by_picture(records, analysis, smoke):
@@ -219,6 +219,7 @@ def test_table4(records, tmp_path):
     assert table.loc['clean picture', ours['psnr']] == 'is the reference' and str(table.loc['SFT state', 'accuracy on hard (%), ours, smoke']) == 'unknown'
     gap = table.loc['RL state', ours['niqe']].mean - table.loc['SFT state', ours['niqe']].mean
     assert table.loc['RL − SFT, paired', ours['niqe']].mean == pytest.approx(gap) and table.loc['RL state', ours['niqe']].n == 5
+    assert table.loc['does it prefer the clean picture?', ours['psnr']] == 'by construction' and table.loc['does it prefer the clean picture?', ours['brisque']].startswith(('yes', 'no, it prefers', 'open'))
     files = save_table(table.reset_index(), 'table4', 'caption', records, root=tmp_path)
     assert 'not run: no weights here' in files['md'].read_text() and 'unknown' in files['csv'].read_text()
 

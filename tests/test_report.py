@@ -1,6 +1,7 @@
 """Intervals, tables and figures from synthetic records."""
 import copy
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from clear_nb.core import PATHS, ROOT, load_preset, make_record, rng
 from clear_nb.paper import paper_table
 from clear_nb.pipeline import code
-from clear_nb.report import (ABLATION, LABELS, LEVELS, UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, decision_share, drop_reduction, figure1,
-                             figure5, figure_labels, figure_sweeps, findings, outcomes, paired_difference, save_figure, save_table, scores_frame, seed_spread, table1, table2,
+from clear_nb.report import (ABLATION, CLAIMS, DROPS, LABELS, LEVELS, UNKNOWN, Estimate, bootstrap_average, bootstrap_mean, by_seed, compare, decision_share, drop_reduction, figure1,
+                             figure5, figure_labels, figure_sweeps, findings, only, outcomes, paired_difference, save_figure, save_table, scores_frame, seed_spread, table1, table2,
                              table3, table6, table8, table9, table11, table15, table_labels, table_sweep, to_markdown, trigger_rates, trigger_table)
 
 SEVERITIES = ('clean', 'low', 'mid', 'hard')
@@ -171,7 +172,10 @@ def test_figure5(frame):
     """Rates in the order of severity, first ours with intervals, last the paper's."""
     assert trigger_rates(frame).columns.tolist() == list(SEVERITIES)
     sft, rl, paper = figure5(frame, scale='x', titles={'mine': 'My set'}).axes
-    assert len(sft.containers) == len(rl.containers) == 3*4 and len(paper.lines) == 6 and not paper.containers
+    assert [len(ax.containers) for ax in (sft, rl, paper)] == [3, 3, 6] and {t.get_text() for t in paper.get_xticklabels()} == set(SEVERITIES)
+    line, _, (bars,) = rl.containers[2].lines
+    assert line.get_ydata() == pytest.approx(frame[(frame.model == 'clear_rl') & (frame.benchmark == 'mine')].trigger.tolist())
+    assert all(low < y < high for y, ((_, low), (_, high)) in zip(line.get_ydata()[1:], bars.get_segments()[1:]))
     assert [t.get_text() for t in rl.get_legend().get_texts()] == ['MMBench', 'MMVP', 'My set']
     plt.close('all')
 
@@ -181,10 +185,10 @@ def test_saved_tables(tmp_path, frame, records):
     df = pd.DataFrame({'method': ['a & b', 'c'], 'score': [Estimate(9, 50., 40., 60.), UNKNOWN], 'paper': [None, 60.15]})
     for _ in range(2): files = save_table(df, 'table9', 'A caption.', records, root=tmp_path)
     back = pd.read_csv(files['csv'])
-    assert back.columns.tolist() == ['method', 'score', 'score low', 'score high', 'score n', 'paper'] and back.score[1] == 'unknown'
+    assert back.columns.tolist() == ['method', 'score', 'score ci_low', 'score ci_high', 'score n', 'paper'] and back.score[1] == 'unknown'
     assert '| c | unknown | 60.15 |' in files['md'].read_text() and r'a \& b' in files['tex'].read_text()
     index = (tmp_path/'README.md').read_text()
-    assert index.count('table9') == 2 and 'smoke/04_mmd_bench-seed0.json' in index and records[0]['commit'][:12] in index
+    assert index.count('table9') == 2 and 'smoke/04_mmd_bench, seed 0' in index and records[0]['commit'][:12] in index
 
 
 def test_saved_files_repeat(tmp_path, frame, records):
@@ -210,7 +214,7 @@ SETS = {'MMBench': 'MMBench', 'MMVP': 'MMVP', 'mine': 'My set'}
 
 def ours(table):
     """Cells that claim to be measured here, as text."""
-    return table[[c for c in table if 'ours' in c or c == 'difference (points)']].map(lambda v: 'unknown' if v is None or v != v else str(v))
+    return table[[c for c in table if 'ours' in c or (c == 'difference' and 'verdict' in table)]].map(lambda v: 'unknown' if v is None or v != v else str(v))
 
 
 def without(records, model):
@@ -233,7 +237,7 @@ def test_no_cell_without_a_record(monkeypatch, tmp_path):
     exec(compile(code(ROOT/'nbs'/'07_tables.ipynb'), '07_tables', 'exec'), names)
     tables = {k: v[0] for k, v in names['tables'].items()}
     assert {f'table{k}' for k in range(1, 16)}-{'table5'} | {'labels'} <= tables.keys() and not (tmp_path/'figures').exists()
-    found = {k: set(ours(t).to_numpy().ravel())-{'unknown', 'no answer', 'is the reference'} for k, t in tables.items()}
+    found = {k: set(ours(t).to_numpy().ravel())-{'unknown', 'no answer', 'is the reference', 'by construction'} for k, t in tables.items()}
     assert not any(found.values()), found
     assert sum(ours(t).size for t in tables.values()) > 200
 
@@ -246,8 +250,9 @@ def test_numbers_go_with_their_records(records, gone):
     assert (after.loc[row] == 'unknown').all() and not (before == 'unknown').any().any()
     assert before.drop(index=row).equals(after.drop(index=row))
     claims = findings(scores_frame(without(records, gone)))
-    named = claims.compared.str.contains(rf'\b{gone}\b')
-    assert (ours(claims)['difference (points)'].eq('unknown') == named).all() and named.any()
+    named = [gone in (*c.a, *c.b) for c in CLAIMS] + [gone in (base, 'clear_rl') for base, *_ in DROPS]
+    assert (ours(claims).difference.eq('unknown') == named).all() and any(named)
+    assert claims.verdict.eq('unknown').tolist() == named and (claims['seeds in favour'].eq('0 of 0') == named).all()
 
 
 @pytest.mark.parametrize('make', [lambda r, f: table9(f, SETS), lambda r, f: table11(r, SETS), lambda r, f: trigger_table(f, SETS), lambda r, f: table15(r, models=['clear_rl']),
@@ -271,8 +276,8 @@ def test_cells_are_recomputed(records, frame):
     assert [e.mean for e in table9(frame, SETS, scale='x')['AVG (ours, x)']] == pytest.approx([mean(s, 'correct') for s in LEVELS])
     assert decision_share(records, 'clear_rl', 1, 1).mean == pytest.approx(mean('hard', 'correct', 'trigger'))
     rates = trigger_table(frame, SETS, scale='x').set_index('benchmark')
-    assert rates['mid (ours, x)']['average'].mean == pytest.approx(mean('mid', 'trigger')) and rates['low < mid < hard']['average'] == 'shown'
-    assert rates['clean below 10 %'].eq('yes').all() and rates['hard (paper, 7B)']['average'] == 36.4
+    assert rates['mid (ours, x)']['average of 3'].mean == pytest.approx(mean('mid', 'trigger')) and rates['low < mid < hard']['average of 3'] == 'shown'
+    assert rates['clean below 10 %'].eq('yes').all() and rates['hard (paper, 7B)']['average of 3'] == 36.4
 
 
 def test_sweeps(records):
@@ -353,6 +358,74 @@ def test_drop_reduction():
     assert str(drop_reduction(made((60, 60), (80, 70)))) == 'unknown'
 
 
+def paired_record(correct, pairs, **cell):
+    """One condition of an MMVP-like set, its pictures in neighbouring pairs."""
+    cell = dict(correct=correct, pairs=pairs, item_ids='x', **cell)
+    return make_record('04_mmd_bench', dict(scores={'clear_rl': {'mmvp': {'hard': cell}}}), load_preset('smoke'), 0)
+
+
+def test_a_pair_is_one_question():
+    """Two pictures of a pair are drawn together: the mean stays, n halves, and outcomes that always agree get a wider interval."""
+    pairs = bits(.5, 200, 'pairs')
+    both = ''.join(2*b for b in pairs)
+    [one] = scores_frame([paired_record(both, pairs, trigger=both)]).itertuples()
+    [two] = scores_frame([paired_record(both, None, trigger=both)]).itertuples()
+    assert (one.n, two.n) == (200, 400) and one.mean == two.mean and one.trigger == two.trigger
+    assert (one.high - one.low)/(two.high - two.low) == pytest.approx(2**.5, rel=.1)
+    assert decision_share([paired_record(both, pairs, trigger=both)], 'clear_rl', 1, 1).n == 200
+    with pytest.raises(ValueError, match='clear_rl mmvp hard 0: the pictures of a pair are no neighbours'): scores_frame([paired_record('0110', '11', trigger='0000')])
+
+
+def test_six_of_seven(records, frame):
+    """Tables 2 and 3, the findings and the last row of the triggers average over the named sets alone."""
+    want = frame[(frame.model == 'base') & (frame.severity == 'hard') & (frame.benchmark != 'mine')]['mean'].mean()
+    pair = ['MMBench', 'MMVP']
+    for t in (table2(frame, benchmarks=pair, scale='x'), table3(frame, benchmarks=pair, scale='x'), table2(scores_frame(only(records, pair)), scale='x')):
+        assert t['hard (ours, x)'][0].mean == pytest.approx(want) and t['hard (ours, x)'][0].n == 200
+    few = findings(frame, benchmarks=pair)
+    assert few.difference[0].n == 200 and few.difference[0] == findings(scores_frame(only(records, pair))).difference[0]
+    last = trigger_table(frame, SETS, averaged=pair, scale='x').iloc[-1]
+    rates = frame[(frame.model == 'clear_rl') & (frame.severity == 'hard')].set_index('benchmark').trigger
+    assert last.benchmark == 'average of 2' and last['hard (ours, x)'].mean == pytest.approx(rates[pair].mean())
+
+
+def test_only_the_same_questions_are_compared(records):
+    """Models asked different questions are refused, and a seed that one of them lacks stays out of both."""
+    other = record(('clear_rl',), seed=0)
+    for cells in other['metrics']['scores']['clear_rl'].values(): cells['hard']['item_ids'] = 'other'
+    mixed = scores_frame([*without(records, 'clear_rl'), other])
+    with pytest.raises(ValueError, match='different items'): compare(mixed, 'correct', ('clear_rl', 'hard'), ('base', 'hard'))
+    more = scores_frame([*records, record(('clear_rl',), seed=1)])
+    assert compare(more, 'correct', ('clear_rl', 'hard'), ('base', 'hard')) == compare(scores_frame(records), 'correct', ('clear_rl', 'hard'), ('base', 'hard'))
+    assert len(by_seed(more, 'correct', ('clear_rl', 'hard'), ('base', 'hard'))) == 1 and len(by_seed(more, 'correct', ('clear_rl', 'hard'), ('clear_rl', 'clean'))) == 2
+
+
+def test_seeds_that_disagree():
+    """Five runs of 400 questions each: a gain that one lucky run makes is shown for these seeds; one that all make is shown."""
+    def claim(gains):
+        cell = lambda share, *key: dict(correct=bits(share, 400, *key), trigger='0'*400, item_ids='x')
+        runs = [{m: {'x': {s: cell(.5 + (gain if (m, s) == ('clear_rl', 'hard') else 0), m, s, k) for s in SEVERITIES}} for m in ('base', 'clear_rl')} for k, gain in enumerate(gains)]
+        return findings(scores_frame([make_record('04_mmd_bench', dict(scores=r), load_preset('smoke'), k) for k, r in enumerate(runs)])).set_index('claim').loc['CLEAR beats the base model']
+    assert claim([.1]*5).verdict == 'shown' and claim([0, 0, 0, 0, .5]).verdict == 'shown for these seeds' and claim([0]*5).verdict == 'open'
+
+
+def test_unreadable_answers(records):
+    """The share of answers that say nothing stands in Table 2; where nobody counted it is unknown."""
+    counted = copy.deepcopy(records)
+    for k, cells in enumerate(counted[0]['metrics']['scores']['always'].values()): cells['hard'] |= dict(unparsable=10*k, questions=100)
+    column = table2(scores_frame(counted), scale='x').set_index('method')['hard answers that cannot be read, % (ours, x)']
+    assert column[LABELS['always']] == 10 and np.isnan(column[LABELS['base']])
+
+
+def test_latex(tmp_path, records):
+    """Every sign of LaTeX's own is escaped, everything else is ASCII, braces are balanced; long cells are broken."""
+    df = pd.DataFrame({'95 % [x]': [Estimate(9, -5., -6., -4.), 'a sentence of more than forty-five signs, {braces} & #1'], 'under_score': ['≥ 3 × λ', '$5 − 3']})
+    tex = save_table(df, 'table9', '50 % of a_b, always.', records, root=tmp_path)['tex'].read_text()
+    body = re.sub(r'\\[%&#_${}]', '', tex)
+    assert tex.isascii() and body.count('{') == body.count('}') and not re.search(r'%(?!\n| needs)', body)
+    assert 'p{7cm}l' in tex and r'\begin{tabular}' in tex and '$-$5.0 [$-$6.0, $-$4.0]' in tex
+
+
 def test_what_was_asked(records):
     """Counts come from records; a range when they differ; Table 8 averages seeds."""
     assert table6(records, dict(mine=('My set', 'f', 'e')), scale='x')['outcomes (ours, x)'][0] == 100
@@ -366,5 +439,5 @@ def test_figure1(frame):
     assert left.patches[0].get_width() == pytest.approx(table2(frame)['drop (ours, tiny)'][0].mean) and left.texts[1].get_text() == ' unknown'
     (across,) = left.containers[1].lines[2]
     low, high = across.get_segments()[0]
-    assert low[1] == high[1] == 0 and low[0] < left.patches[0].get_width() < high[0] and len(right.patches) == 7
+    assert low[1] == high[1] == 0 and low[0] < left.patches[0].get_width() < high[0] and len(right.patches) == 9 and not right.collections
     plt.close('all')
