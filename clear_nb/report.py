@@ -500,7 +500,7 @@ CLAIMS = [
     Claim('corruption costs the base model accuracy', 'correct', ('base', 'clean'), ('base', 'hard'), 7.29),
     _hard('CLEAR beats the base model', 'clear_rl', 'base', 5.39, 5.1), _hard('CLEAR beats the base model with the same inputs', 'clear_rl', 'base_both'),
     _hard('CLEAR beats text-only CoT', 'clear_rl', 'text_cot', 5.41), _hard('CLEAR beats text-only CoT with the same inputs', 'clear_rl', 'matched'),
-    _hard('CLEAR beats itself made to answer without restoring', 'clear_rl', 'never'),
+    _hard('CLEAR beats itself made to answer right behind its first thought', 'clear_rl', 'never'),
     _hard('always restoring beats never restoring', 'always', 'never'), _hard('choosing when to restore beats always restoring', 'clear_rl', 'always'),
     _hard('a better generator would help (clean latent against own)', 'oracle', 'always'),
     _hard('stage 2 (bridge alone) beats stage 1 (latent and re-encoding, fewer updates)', 'clear_bridge', 'clear_sft', .07), _hard('GRPO raises accuracy', 'clear_rl', 'clear_bridge', 1.85),
