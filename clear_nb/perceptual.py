@@ -380,7 +380,7 @@ def quality(records:list, severities=('low', 'mid', 'hard'))->pd.DataFrame:
 
 # %% ../nbs/lib/44_perceptual.ipynb #166e23e4
 def _accuracy(frame:pd.DataFrame|None, row:str, severity:str)->Estimate|str: # of `report.scores_frame`; key of STAGES or 'difference', others have none
-    if row not in ('difference', *STAGES): return 'no answer'
+    if row not in ('difference', *STAGES): return 'not asked'
     if frame is None: return UNKNOWN
     if row == 'difference': return compare(frame, 'correct', ('clear_rl', severity), ('clear_sft', severity))
     model = dict(sft='clear_sft', grpo='clear_rl')[row]
@@ -397,8 +397,8 @@ def _row4(records:list, row:str, theirs:pd.Series, severity:str, scale:str)->dic
     "Cells of one row without accuracy."
     cells = {}
     for k, m in METRICS.items():
-        what = dict(difference=difference, trusted=trusted).get(row, lambda *where: level(where[0], row, *where[1:]))
-        cells[f'{m.head}, ours, {scale}'] = what(records, severity, k)
+        what = dict(difference=difference, trusted=trusted).get(row)
+        cells[f'{m.head}, ours, {scale}'] = what(records, severity, k) if what else level(records, row, severity, k)
         if m.title in ('BRISQUE', 'NIQE', 'MUSIQ'): cells[f'{m.title}, paper, 7B'] = theirs.get(m.title, 'not reported')
     return cells
 
@@ -417,6 +417,11 @@ def table4(records:list, # of 05_perceptual, one per seed
     return pd.DataFrame(rows)
 
 # %% ../nbs/lib/44_perceptual.ipynb #e416bcb8
+def _void(trust:str, said:str)->dict: # of `trusted`; verdict
+    "A verdict that the metric cannot give."
+    if trust in ('yes', 'by construction') or said == 'unknown': return {}
+    return dict(verdict='metric fails here' if trust.startswith('no') else 'metric not trusted')
+
 def _gains(records:list, severity:str, name:str)->list: # RL − SFT of every record
     return [float((b - a).mean()) for a, b in (_pair([r], severity, name) for r in records) if len(a)]
 
@@ -426,7 +431,7 @@ def _quality_finding(records:list, k:str, m:Metric, severity:str, theirs:pd.Seri
     if isinstance(d, str): return finding(text, compared, UNKNOWN, [], theirs.get(m.title, np.nan)) | dict(difference=d, verdict='not run')
     each = _gains(records, severity, k)
     row = finding(text, compared, _better(k, d), [sign*x for x in each], theirs.get(m.title, np.nan))
-    return row | {'difference': d, '95 % over seeds': seed_text(seed_interval(each), 2), **(dict(verdict='metric fails here') if said.startswith('no') else {})}
+    return row | {'difference': d, '95 % over seeds': seed_text(seed_interval(each), 2), **_void(said, row['verdict'])}
 
 # %% ../nbs/lib/44_perceptual.ipynb #9ace56ce
 def quality_findings(records:list, severity:str='hard', paper:pd.DataFrame|None=None)->pd.DataFrame: # of 05_perceptual; Table 4 of the paper
