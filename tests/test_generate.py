@@ -104,7 +104,7 @@ def test_behind_the_thought(tags, policy, follows):
     model = talker(8, tokenizer=byte_tokenizer(tags))
     model.language_model.lm_head.weight[260:260 + len(tags)] *= 12. # </think> and its parts are said often
     rolls = generate(model, asked(model), Sampling(max_new=40, temperature=1., policy=policy, max_restores=int(policy == 'always'), steps=3), Noise('fork'), group=8)
-    behind = [r.texts[0].partition('</think>')[2] for r in rolls]
+    behind = [r.texts[0].partition('</think>')[2].lstrip() for r in rolls] # blanks may come before
     assert sum(b.startswith(follows) for b in behind) > 2 and all(b.startswith(follows) or follows.startswith(b) for b in behind) # cut at the limit
     assert all(bool(r.restorations) == (policy == 'always' and b.startswith(follows)) for r, b in zip(rolls, behind))
     free = generate(model, asked(model), Sampling(max_new=40, temperature=1.), Noise('fork'), group=8)
