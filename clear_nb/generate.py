@@ -151,7 +151,7 @@ class Next:
 
 @lru_cache(256)
 def _astray(n:Next, rest:str)->list: # reads the whole vocabulary, hence kept
-    return [i for i in range(n.size) if n._leaves((rest + n.phrase.piece.get(i, '\0')).lstrip(BLANKS))]
+    return [i for i in range(n.size) if n._leaves(rest + n.phrase.piece.get(i, '\0'))]
 
 # %% ../nbs/lib/22_generate.ipynb #3b146b55
 def _cut(logits:Tensor, vocab:int, eos:int)->Tensor: # (rows, V), changed in place
