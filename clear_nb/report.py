@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MODELS', 'LABELS', 'COLOURS', 'MARKERS', 'ABLATION', 'LEVELS', 'SWEEPS', 'CLAIMS', 'DROPS', 'QUOTED',
-           'HEADLINES', 'LABELLED', 'ends_text', 'Estimate', 'bootstrap_average', 'bootstrap_mean', 'paired_difference',
-           'scores_frame', 'outcomes', 'seed_spread', 'only', 'table1', 'table2', 'table3', 'table9', 'table10',
-           'table6', 'table7', 'table8', 'seconds', 'table11', 'table_sweep', 'figure_sweeps', 'decision_share',
-           'table15', 'Claim', 'compare', 'by_seed', 'seed_interval', 'seed_text', 'verdict', 'drop_reduction',
-           'reached', 'finding', 'findings', 'headlines', 'table_labels', 'figure_labels', 'trigger_rates',
-           'trigger_table', 'figure5', 'figure1', 'to_markdown', 'to_latex', 'save_table', 'save_figure']
+           'HEADLINES', 'LABELLED', 'ends_text', 'Estimate', 'bootstrap_average', 'bootstrap_mean', 'share_mean',
+           'paired_difference', 'scores_frame', 'outcomes', 'seed_spread', 'only', 'table1', 'table2', 'table3',
+           'table9', 'table10', 'table6', 'table7', 'table8', 'seconds', 'table11', 'table_sweep', 'figure_sweeps',
+           'decision_share', 'table15', 'Claim', 'compare', 'by_seed', 'seed_interval', 'seed_text', 'verdict',
+           'drop_reduction', 'reached', 'finding', 'findings', 'headlines', 'table_labels', 'figure_labels',
+           'trigger_rates', 'trigger_table', 'figure5', 'figure1', 'to_markdown', 'to_latex', 'save_table',
+           'save_figure']
 
 # %% ../nbs/lib/40_report.ipynb #dfd65832
 import math, re
@@ -68,6 +69,15 @@ def bootstrap_mean(x, # outcomes of one condition
     "Mean of `x` with a bootstrap interval; an empty array is unknown, one item has no interval."
     return bootstrap_average([x], rng, level)
 
+# %% ../nbs/lib/40_report.ipynb #ead20cae
+def share_mean(x, # percent per question, 0 to 100
+               rng:np.random.Generator, level:float=0.95)->Estimate:
+    "`bootstrap_mean` of a share."
+    est = bootstrap_mean(x, rng, level)
+    if est.n < 2 or est.low < est.high or est.mean not in (0, 100): return est
+    ci = stats.binomtest(round(est.n*est.mean/100), est.n).proportion_ci(level)
+    return Estimate(est.n, est.mean, 100*ci.low, 100*ci.high)
+
 # %% ../nbs/lib/40_report.ipynb #0c7eb935
 def paired_difference(a, b, # outcomes of the same items, in the same order
                       rng:np.random.Generator,
@@ -114,7 +124,7 @@ def _row(key:dict, cell:dict)->dict:
     _check_pairs(cell, where)
     correct, trigger = (_folded(_bits(cell.get(k), where), cell, where) for k in ('correct', 'trigger'))
     if trigger is not None and len(trigger) != len(correct): raise ValueError(f'{where}: {len(correct)} answers but {len(trigger)} triggers')
-    est = bootstrap_mean(correct, rng('report', *key.values()))
+    est = share_mean(correct, rng('report', *key.values()))
     rate = math.nan if trigger is None or not len(trigger) else trigger.mean()
     mute = 100*cell['unparsable']/cell['questions'] if 'unparsable' in cell else math.nan
     return dict(key, **est._asdict(), trigger=rate, unreadable=mute, correct=correct, restored=trigger, item_ids=cell.get('item_ids'))
@@ -176,7 +186,7 @@ COLOURS, MARKERS = matplotlib.color_sequences['petroff8'], 'osD^vPX*'
 def _ours(frame, model, severity, benchmarks)->dict: # benchmark and AVG to Estimate
     found = outcomes(frame, model, severity)
     def key(name): return rng('report', model, severity, name)
-    cells = {b: bootstrap_mean(found[b], key(b)) if b in found else UNKNOWN for b in benchmarks}
+    cells = {b: share_mean(found[b], key(b)) if b in found else UNKNOWN for b in benchmarks}
     return dict(cells, AVG=bootstrap_average([found.get(b, []) for b in benchmarks], key('AVG')))
 
 # %% ../nbs/lib/40_report.ipynb #65d4aa3c
@@ -683,7 +693,7 @@ def _triggers(frame, benchmark, model)->dict: # severity to Estimate; mid and ha
     part = frame[frame.benchmark == benchmark] if benchmark else frame
     found = {s: {} if part[(part.model == model) & (part.severity == s)].trigger.isna().any() else outcomes(part, model, s, 'restored') for s in LEVELS}
     def average(groups, *key): return bootstrap_average(groups, rng('trigger', model, benchmark or 'all', *key))
-    rates = {s: average(list(x.values()), s) for s, x in found.items()}
+    rates = {s: share_mean(x[benchmark], rng('trigger', model, benchmark, s)) if benchmark in x else average(list(x.values()), s) for s, x in found.items()}
     return rates | {f'{b} − {a}': average([found[b][k] - found[a][k] for k in found[b] if k in found[a]], a, b) for a, b in (('low', 'mid'), ('mid', 'hard'))}
 
 # %% ../nbs/lib/40_report.ipynb #1893cb4f
@@ -724,7 +734,7 @@ def _panel(ax, rows:Mapping, title:str)->None: # rows: label to severities
 # %% ../nbs/lib/40_report.ipynb #79425821
 def _rates(frame:pd.DataFrame, model:str, titles:Mapping)->dict: # title to severity to Estimate
     rates = trigger_rates(frame, model)
-    return {titles.get(b, b): {s: bootstrap_mean(outcomes(frame, model, s, 'restored')[b], rng('figure5', model, b, s)) for s in rates} for b in rates.index}
+    return {titles.get(b, b): {s: share_mean(outcomes(frame, model, s, 'restored')[b], rng('trigger', model, b, s)) for s in rates} for b in rates.index}
 
 # %% ../nbs/lib/40_report.ipynb #09cdc3ca
 def figure5(frame:pd.DataFrame, # from `scores_frame`
