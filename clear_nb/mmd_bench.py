@@ -341,7 +341,7 @@ def recorded(records:list, # of this evaluation
 # %% ../nbs/lib/36_mmd_bench.ipynb #1288f689
 def per_corruption(records:list, model:str, severity:str='hard')->dict: # corruption to percent per outcome, benchmarks joined
     "Outcomes sorted by the corruption their picture got; the pictures of an MMVP pair, which share it, are one."
-    letters = {k: c['corruption'][::2 if c['pairs'] else 1] for k, c in _cells(records, model) if k[1] == severity}
+    letters = {k: c['corruption'][::2 if c.get('pairs') else 1] for k, c in _cells(records, model) if k[1] == severity}
     values = {k: v.reshape(len(letters[k]), -1).mean(1) for k, v in recorded(records, model).items() if k in letters}
     joined, flat = ''.join(letters[k] for k in values), np.concatenate([np.zeros(0), *values.values()])
     return {c: flat[[x == y for x in joined]] if joined else flat for c, y in LETTERS.items() if c}
