@@ -358,7 +358,7 @@ def test_in_a_browser(notebook, browser, tmp_path):
     assert 'lens blur, hard' in about.inner_text() and first[-1].startswith('<think>')
     page.screenshot(path=f'{shot}/explore-hard.png')
     page.locator('.widget-toggle-button', has_text='low').click()
-    page.wait_for_function('before => document.querySelector(\'img[alt^="what the model sees"]\').src != before', arg=hard) # the picture follows at once
+    page.wait_for_function('before => { const img = document.querySelector(\'img[alt^="what the model sees"]\'); return img && img.src != before }', arg=hard) # the picture follows at once
     page.locator('.widget-toggle-button', has_text='always').click()
     button.click()
     page.locator('.ce .ce-about', has_text='lens blur, low; 7 denoising steps, bridge, always').wait_for()
