@@ -844,7 +844,7 @@ def _grouped(sources:list)->list: # e.g. 'tiny/04_mmd_bench: base, clear_rl, see
 def _index_row(link:str, caption:str, notebook:str, sources:list[dict])->str:
     names = ', '.join(_grouped(sources)) or 'none'
     commits = ', '.join(sorted({r['commit'][:12]+(' (dirty)' if r.get('dirty') is True else '') for r in sources}))
-    return f'| [{link}]({link}) | {caption} | {notebook} | {names} | {commits} |'
+    return f'| [{link}]({link}) | {caption} | {notebook} | {names} | {commits or "none"} |'
 
 # %% ../nbs/lib/40_report.ipynb #b2746a90
 _HEAD = ['# Tables and figures', '', 'Written by `clear_nb.report`; do not edit.', '',
@@ -862,25 +862,26 @@ def save_table(df:pd.DataFrame, # cells: Estimate, number, text or missing
                caption:str, # one sentence; scale and severity belong in it
                sources:list[dict], # records the numbers come from, one preset
                notebook:str='07_tables', # that draws it
-               root:Path|None=None # figures/, or runs/smoke/figures for smoke
+               root:Path|None=None, # figures/, or runs/smoke/figures for smoke
+               measured:bool=True # False: the sources only name the preset, nothing comes from them
               )->dict[str, Path]: # suffix to file
     "Write `<root>/<preset>/<name>.{csv,md,tex}` and the row of the index."
     root = Path(root or _root(sources)); folder = root/sources[0]['preset']
     bodies = dict(csv=_wide(df).to_csv(index=False, float_format='%.3f', na_rep='unknown'), md=f'{caption}\n\n{to_markdown(df)}', tex=to_latex(df, caption, name))
     for suffix, body in bodies.items():
         with atomic_path(folder/f'{name}.{suffix}') as tmp: tmp.write_text(body)
-    _update_index(root, _index_row(f'{folder.name}/{name}.md', caption, notebook, sources))
+    _update_index(root, _index_row(f'{folder.name}/{name}.md', caption, notebook, sources if measured else []))
     return {s: folder/f'{name}.{s}' for s in bodies}
 
 # %% ../nbs/lib/40_report.ipynb #96048cb0
 def save_figure(fig:plt.Figure, name:str, caption:str, sources:list[dict],
                 notebook:str='08_figures', # that draws it
-                root:Path|None=None # as in `save_table`
+                root:Path|None=None, measured:bool=True # as in `save_table`
                )->dict[str, Path]: # suffix to file
     "Write `<root>/<preset>/<name>.{svg,png}` and the row of the index; the same figure gives the same bytes."
     root = Path(root or _root(sources)); folder = root/sources[0]['preset']
     with matplotlib.rc_context({'svg.hashsalt': 'clear_nb'}):
         for suffix, meta in dict(svg={'Date': None, 'Creator': None}, png={'Software': None}).items():
             with atomic_path(folder/f'{name}.{suffix}') as tmp: fig.savefig(tmp, metadata=meta, dpi=150)
-    _update_index(root, _index_row(f'{folder.name}/{name}.svg', caption, notebook, sources))
+    _update_index(root, _index_row(f'{folder.name}/{name}.svg', caption, notebook, sources if measured else []))
     return {s: folder/f'{name}.{s}' for s in ('svg', 'png')}

@@ -188,6 +188,8 @@ def test_saved_tables(tmp_path, frame, records):
     assert back.columns.tolist() == ['method', 'score', 'score ci_low', 'score ci_high', 'score n', 'paper'] and back.score[1] == 'unknown'
     assert '| c | unknown | 60.15 |' in files['md'].read_text() and r'a \& b' in files['tex'].read_text()
     index = (tmp_path/'README.md').read_text()
+    save_table(df, 'table7', 'From code.', records, root=tmp_path, measured=False)
+    assert '| From code. | 07_tables | none | none |' in (tmp_path/'README.md').read_text()
     assert index.count('table9') == 2 and 'smoke/04_mmd_bench, seed 0' in index and records[0]['commit'][:12] in index
 
 
