@@ -37,7 +37,7 @@ class Leaning(nn.Module):
     "A text head that leans towards some tokens; `forced` lists the token of every call to come, None where it may choose"
     def __init__(self, head, lean):
         super().__init__()
-        self.head, self.lean, self.forced = head, lean, []
+        self.head, self.ids, self.lean, self.forced = head, head.ids, lean, []
 
     def forward(self, h):
         logits, token = self.head(h), self.forced.pop(0) if self.forced else None
