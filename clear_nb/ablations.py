@@ -148,8 +148,7 @@ def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
 # %% ../nbs/lib/37_ablations.ipynb #28d31f11
 def _matched(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
     labelled, examples = _examples(base, p, seed, acc)
-    both = replace(p, sft=replace(p.sft, steps=p.sft.steps+p.bridge.steps))
-    return base, dict(matched=train_sft(base, labelled, examples, both, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder)))
+    return base, dict(matched=train_sft(base, labelled, examples, p, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder)))
 
 # %% ../nbs/lib/37_ablations.ipynb #94b693ed
 class Recipe(NamedTuple):

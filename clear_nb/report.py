@@ -647,9 +647,10 @@ def headlines(shown:pd.DataFrame # of `findings`
 LABELLED = {'clear_bridge': 'CLEAR, stages 1 and 2', 'always': 'the same, always restores', 'matched': 'control, never restores'} # subject to column
 
 def _labels(frame:pd.DataFrame, benchmarks:Sequence, scale:str)->dict: # one row's cells
+    frame = frame[frame.benchmark.isin(benchmarks)]
     cells = {f'{label}, {s} (ours, {scale})': _ours(frame, m, s, benchmarks)['AVG'] for s in ('hard', 'clean') for m, label in LABELLED.items()}
     gains = {m: compare(frame, 'correct', (m, 'hard'), ('matched', 'hard')) for m in ('clear_bridge', 'always')}
-    each = by_seed(frame[frame.benchmark.isin(benchmarks)], 'correct', ('clear_bridge', 'hard'), ('matched', 'hard'))
+    each = by_seed(frame, 'correct', ('clear_bridge', 'hard'), ('matched', 'hard'))
     return cells | {f'{LABELLED[m]} − control, hard (ours, {scale})': g for m, g in gains.items()} | {'generation pays': verdict(gains['clear_bridge'], 0., seed_interval(each))}
 
 def table_labels(ablations:list, sizes:Sequence, benchmarks:Sequence, scale:str='tiny')->pd.DataFrame: # records of 06_ablations; budgets that get a row in any case

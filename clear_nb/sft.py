@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPLAYED', 'KINDS', 'make_examples', 'by_image', 'example_segments', 'sft_row', 'replay_pool', 'clean_trace',
-           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'as_direct', 'stage_rows', 'train_sft',
-           'main']
+           'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'updates', 'as_direct', 'stage_rows',
+           'train_sft', 'main']
 
 # %% ../nbs/lib/28_sft.ipynb #b5f529e4
 from dataclasses import replace
@@ -125,6 +125,10 @@ def sft_loss(model:ClearModel, rows:list, lambda_mse:float=.5, lambda_kl:float=.
 # %% ../nbs/lib/28_sft.ipynb #d3aa2185
 KINDS = dict(clear='both', text='vit', matched='both')
 
+def updates(preset:Preset, kind:str)->int:
+    "Updates of a kind; the matched control gets those that CLEAR has in stages 1 and 2"
+    return preset.sft.steps + (preset.bridge.steps if kind == 'matched' else 0)
+
 def as_direct(p:Pool, e:Example, seed:int)->Example:
     "The same example with a direct trace, for the controls"
     it = p.items[e.image]
@@ -157,7 +161,7 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
         g, t = rng('sft', kind, seed, step), torch_rng('sft', kind, seed, step)
         rows = stage_rows(model, p, groups, replayed, preset, s.batch, g, t, KINDS[kind], own, s.own, True, shown)
         return run(lambda m: sft_loss(m, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., acc))
-    return fit(model, loss, s.steps, s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
+    return fit(model, loss, updates(preset, kind), s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
                desc=f'SFT {kind}', done=done)
 
 # %% ../nbs/lib/28_sft.ipynb #4e72dbe1
