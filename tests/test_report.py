@@ -318,7 +318,7 @@ def test_label_curve():
     assert t['CLEAR, stages 1 and 2, hard (ours, x)'][100].mean == pytest.approx(want)
     assert (ours(t).loc[300] == 'unknown').all() and str(t['the same, always restores, hard (ours, x)'][900]) == 'unknown' and t['training seeds'].tolist() == ['0', 'none', '0']
     for r in few: # a further set changes neither the columns nor the gain between them
-        for cells in r['metrics']['scores'].values(): cells['mine'] = {s: dict(correct='01'[r['metrics']['values']['model'] == 'matched']*100, item_ids='mine') for s in ('clean', 'hard')}
+        for cells in r['metrics']['scores'].values(): cells['other'] = {s: dict(correct='01'[r['metrics']['values']['model'] == 'matched']*100, item_ids='other') for s in ('clean', 'hard')}
     assert table_labels(few, [], list(SETS), 'x').iloc[0].map(str).tolist() == t.reset_index().iloc[0].map(str).tolist()
 
 
