@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'KINDS', 'RECIPES', 'TRAINED_BY', 'NOTEBOOK', 'Case', 'named', 'own_first', 'lambda_cases', 'reward_cases',
-           'step_cases', 'budgets', 'label_cases', 'cases', 'thin', 'kept', 'Recipe', 'training_code', 'weights_key',
-           'weights', 'denoise_seconds', 'record_variant', 'case_signature', 'done', 'run_case', 'run_cases',
-           'ablation_records']
+           'step_cases', 'budgets', 'label_cases', 'cases', 'thin', 'saver', 'kept', 'Recipe', 'training_code',
+           'weights_key', 'weights', 'denoise_seconds', 'record_variant', 'case_signature', 'done', 'run_case',
+           'run_cases', 'ablation_records']
 
 # %% ../nbs/lib/37_ablations.ipynb #9a594fae
 import ast, hashlib, json
@@ -20,11 +20,11 @@ from .base import load_stage
 from .bridge import train_bridge
 from .core import PATHS, Clock, Preset, atomic_path, closest, file_hash, load_preset, read_records, stage_folder, write_record
 from .data import Pool, labelled_items, own_restorations, pool
-from .grpo import train_grpo
+from .grpo import rl_set, train_grpo
 from .mmd_bench import CODE, SUBJECTS, Subject, checkpoint, run_subject, signature
 from .model import ClearModel
 from .paper import paper_table
-from .sft import make_examples, replay_pool, train_sft
+from .sft import replay_pool, restored_by, train_sft, training_set
 from .train import accelerator
 
 # %% ../nbs/lib/37_ablations.ipynb #e0c13fb5
@@ -107,55 +107,58 @@ def thin(history:list, most:int=50)->list: # every k-th entry
 def _state(folder:Path)->Path: return folder.with_name(f'{folder.name}_state.pt') # where a training goes on after a kill
 
 # %% ../nbs/lib/37_ablations.ipynb #7f5a3ba4
-def kept(folder:Path, train:Callable)->dict: # train: () -> model, history by stage; returns the history, thinned
-    "Train and store weights with their history, or read the history where the folder is there already."
-    log = folder.with_name(f'{folder.name}_history.json')
-    if not folder.is_dir():
-        model, history = train()
-        with atomic_path(log) as tmp: tmp.write_text(json.dumps({k: thin(h) for k, h in history.items()}))
+def _log(folder:Path)->Path: return folder.with_name(f'{folder.name}_history.json')
+
+def saver(folder:Path, stage:str, before:dict={})->Callable: # before: history of earlier stages; `done` of `train.fit`
+    "Writes weights and thinned history."
+    def done(model, history):
+        with atomic_path(_log(folder)) as tmp: tmp.write_text(json.dumps({**before, stage: thin(history)}))
         model.save_pretrained(folder, torch.float16)
-    return json.loads(log.read_text())
+    return done
+
+# %% ../nbs/lib/37_ablations.ipynb #f4046be6
+def kept(folder:Path, train:Callable)->dict: # train: () -> nothing, it writes by `saver`; returns the history, thinned
+    "Train, or read the history where the weights are there already."
+    if not folder.is_dir(): train()
+    return json.loads(_log(folder).read_text())
 
 # %% ../nbs/lib/37_ablations.ipynb #631cc7e1
-def _rl(model:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple: # trained model, history by stage; the same for all recipes
-    labelled = pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
-    return model, dict(grpo=train_grpo(model, labelled, p, seed, acc=acc, state=_state(folder)))
+def _rl(model:ClearModel, p:Preset, seed:int, acc, folder:Path): # the same for all recipes
+    train_grpo(model, rl_set(model, p, seed), p, seed, acc=acc, state=_state(folder), done=saver(folder, 'grpo'))
 
 # %% ../nbs/lib/37_ablations.ipynb #8346f340
 def _examples(base:ClearModel, p:Preset, seed:int, acc)->tuple: # pool, examples
-    labelled = pool(base, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
-    with acc.autocast(): examples, _ = make_examples(base, labelled, seed, p.sft)
+    labelled, examples, _ = training_set(base, base, p, seed, acc=acc)
     if not examples: raise ValueError(f'{p.data.labelled} labelled questions: no example is left after balancing, use more')
     return labelled, examples
 
 def _own(model:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc)->dict:
-    images = sorted({e.image for e in examples})
-    with acc.autocast(): return own_restorations(model, labelled, images, p.eval.denoise_steps, p.eval.shift, seed=seed)
+    with acc.autocast(): return restored_by(model, labelled, examples, p, seed)
 
 # %% ../nbs/lib/37_ablations.ipynb #6dd70c6e
-def _stage1(base:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc, folder:Path)->tuple:
+def _stage1(base:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc, folder:Path):
     own = _own(base, labelled, examples, p, seed, acc)
-    return base, dict(sft=train_sft(base, labelled, examples, p, seed, 'clear', own, replay_pool(base, p), acc=acc, state=_state(folder)))
+    train_sft(base, labelled, examples, p, seed, 'clear', own, replay_pool(base, p), acc=acc, state=_state(folder), done=saver(folder, 'sft'))
 
-def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
+def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path):
     labelled, examples = _examples(base, p, seed, acc)
     early = folder.with_name(f'{folder.name}_sft')
     history = kept(early, lambda: _stage1(base, labelled, examples, p, seed, acc, early))
     model = ClearModel.from_pretrained(early, acc.device)
     own = _own(model, labelled, examples, p, seed, acc)
-    return model, history | dict(bridge=train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc=acc, state=_state(folder)))
+    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc=acc, state=_state(folder), done=saver(folder, 'bridge', history))
 
 # %% ../nbs/lib/37_ablations.ipynb #28d31f11
-def _matched(base:ClearModel, p:Preset, seed:int, acc, folder:Path)->tuple:
+def _matched(base:ClearModel, p:Preset, seed:int, acc, folder:Path):
     labelled, examples = _examples(base, p, seed, acc)
-    return base, dict(matched=train_sft(base, labelled, examples, p, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder)))
+    train_sft(base, labelled, examples, p, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder), done=saver(folder, 'matched'))
 
 # %% ../nbs/lib/37_ablations.ipynb #94b693ed
 class Recipe(NamedTuple):
     "How the weights of a case are made."
     start:str # stage whose weights are loaded
     sections:tuple # of the preset, that it reads
-    train:Callable # (model, preset, seed, accelerator, folder) -> model, history by stage
+    train:Callable # (model, preset, seed, accelerator, folder) -> nothing, it writes by `saver`
 
 _early = 'model', 'data', 'base', 'sft', 'bridge'
 RECIPES = dict(rl=Recipe('bridge', ('model', 'data', 'grpo'), _rl), clear=Recipe('base', _early, _clear), matched=Recipe('base', _early, _matched))

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from .core import Preset, find_stage, load_preset
-from .data import CUE
 from .flow import time_grid
-from .generate import POLICIES, WITHOUT, Noise, Rollout, Sampling, count, decode_pixels, generate
+from .generate import POLICIES, WITHOUT, Noise, Rollout, Sampling, decode_pixels, generate, room
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
 from .trajectory import Text, Vae, Vit
@@ -79,7 +78,7 @@ def _words(model:ClearModel, text:str)->Text: return Text(tuple(model.tokenizer.
 
 def cued(model:ClearModel, question:str)->str:
     "The question as the model's training put it: the embedded model thinks when it is told to."
-    return f'{question} {CUE}' if preset_of(model).name == 'tiny' else question
+    return f'{question} {model.cfg.cue}'.rstrip()
 
 @torch.no_grad()
 def ask(model:ClearModel, image, # path, PIL image or uint8 array
@@ -95,8 +94,8 @@ def ask(model:ClearModel, image, # path, PIL image or uint8 array
 # %% ../nbs/lib/38_answer.ipynb #540c567a
 def check_room(model:ClearModel, prompt:list, s:Sampling):
     "Does the longest possible trajectory fit the context? Raises ValueError when it does not."
-    again = s.max_restores*(s.max_new + 2 + count([x for x in prompt if isinstance(x, (Vae, Vit))], model.shape))
-    need, limit = count(prompt, model.shape) + s.max_new + 2 + again, model.cfg.llm['max_position_embeddings']
+    latent = next(tuple(x.latent.shape) for x in prompt if isinstance(x, Vae))
+    need, limit = room(model, prompt, latent if s.max_restores else None, s), model.cfg.llm['max_position_embeddings']
     if need <= limit: return
     raise ValueError(f'the question has {len(prompt[-1].ids)} tokens; with the picture and room for the reply that makes {need}, '
                      f'and this model holds {limit}; shorten the question by {need - limit} tokens.')

@@ -9,21 +9,20 @@ __all__ = ['INPUTS', 'EARLY', 'THINK', 'CAPTION', 'SHOWN', 'PARTS', 'KILLERS', '
            'restoration_psnr']
 
 # %% ../nbs/lib/27_base.ipynb #0add0e10
-import json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from . import scenes
-from .core import ROOT, Preset, atomic_path, find_stage, rng, torch_rng
-from .data import (Item, Pool, answers, ask_ids, context, easy_items, encode, ids, labelled_items, own_restorations, pool, scene_items, spoil,
+from .core import ROOT, Preset, find_stage, rng, torch_rng
+from .data import (Item, Pool, answers, ask_ids, context, easy_items, ids, own_restorations, pool, scene_items, spoil,
                            thought, train_tokenizer, write_trace)
 from .degrade import CORRUPTIONS, TRAIN_WEIGHTS, sample_corruption
 from .flow import sample_time
 from .model import ClearConfig, ClearModel, freeze, init_weights
 from .reward import RuleJudge
 from .trajectory import MARKER, Gap, Text, Vae as VaeSegment, pack, to
-from .train import accelerator, drop_states, fit
+from .train import accelerator, fit, once, origin
 from .vae import Vae, fit_scale, kl_to_normal
 
 # %% ../nbs/lib/27_base.ipynb #4d05fe7d
@@ -71,7 +70,7 @@ def train_vae(model:ClearModel, images:Tensor, # (n, 3, H, W) uint8, clean and d
         model.cfg = replace(model.cfg, vae=replace(model.cfg.vae, scale=round(scale, 4), shift=round(shift, 4)))
         vae.cfg = model.cfg.vae
         if done: done(model, history)
-    return fit(vae, loss, b.vae_steps, b.vae_lr, b.vae_steps//20, acc=acc, state=state, desc='VAE', done=standardise)
+    return fit(vae, loss, b.vae_steps, b.vae_lr, b.vae_steps//20, acc=acc, state=state, desc='VAE', of=origin(vae, preset.data, b, seed), done=standardise)
 
 # %% ../nbs/lib/27_base.ipynb #6ff5836a
 INPUTS = ('vit', 'vae', 'both')
@@ -150,8 +149,9 @@ def train_base(model:ClearModel, p:Pool, preset:Preset, seed:int=0, acc=None, st
     counts = b.steps, b.more_steps, b.text_steps
     steps, lr, first = counts[k], b.more_lr if k else b.lr, sum(counts[:k])
     freeze(model.to(acc.device), 'vae.')
+    of = origin(model, preset.data, b, seed)
     return fit(model, lambda step: base_loss(model, *base_batch(model, p, preset, seed, first + step)), steps, lr, b.warmup,
-               ema=b.ema, weight_decay=.01, acc=acc, state=state, desc=f'base, {part}', done=done)
+               ema=b.ema, weight_decay=.01, acc=acc, state=state, desc=f'base, {part}', of=of, done=done)
 
 # %% ../nbs/lib/27_base.ipynb #05a449e8
 KILLERS = ('lens_blur', 'motion_blur', 'atmospheric_turbulence', 'dark_illumination', 'scan_lines')
@@ -171,25 +171,21 @@ def stack(items:list)->Tensor: # (2n, 3, H, W) uint8
     return torch.from_numpy(np.stack([im for it in items for im in (it.clean, it.seen)])).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/lib/27_base.ipynb #faaed91e
-def part(model:ClearModel, folder:Path|None, train)->tuple: # model, history
+def part(model:ClearModel, folder:Path|None, plan:str, train)->tuple: # plan: as in `train.once`; model, history
     "Run `train(model, state, done)`, or read model and history back if `folder` has them"
     if not folder: return model, train(model, None, None)
-    file, state = folder/'history.json', folder.with_name(f'{folder.name}_state.pt')
-    def done(trained, history):
-        trained.save_pretrained(folder)
-        with atomic_path(file) as tmp: tmp.write_text(json.dumps(history))
-    if not file.exists(): return model, train(model, state, done)
-    drop_states(state)
-    return ClearModel.from_pretrained(folder), json.loads(file.read_text())
+    trained = []
+    history = once(folder, plan, lambda *how: trained.append(model) or train(model, *how), None)
+    return trained[0] if trained else ClearModel.from_pretrained(folder), history
 
 # %% ../nbs/lib/27_base.ipynb #e6f3fb32
 def train_stage0(preset:Preset, seed:int=0, folder:Path=None)->tuple: # model, {part: history}
     "Train the embedded base from nothing; `folder` keeps what is needed to go on after a kill"
     acc, items, histories = accelerator(), base_items(preset, seed), {}
-    at = lambda name: folder and folder/name
-    model, histories['vae'] = part(new_model(preset, seed), at('vae'), lambda m, *how: train_vae(m, stack(items), preset, seed, acc, *how))
+    at = lambda name: (folder and folder/name, repr((preset.model, preset.data, preset.base, seed)))
+    model, histories['vae'] = part(new_model(preset, seed), *at('vae'), lambda m, *how: train_vae(m, stack(items), preset, seed, acc, *how))
     p = pool(model.to(acc.device), items, 'latents')
-    for name in PARTS: model, histories[name] = part(model, at(name), lambda m, state, done: train_base(m, p, preset, seed, acc, state, name, done))
+    for name in PARTS: model, histories[name] = part(model, *at(name), lambda m, state, done: train_base(m, p, preset, seed, acc, state, name, done))
     return model.to(acc.device), histories
 
 # %% ../nbs/lib/27_base.ipynb #23916e7f

@@ -7,7 +7,7 @@ __all__ = ['REASONS', 'BLOCK', 'Sample', 'content_hash', 'Reject', 'Rows', 'pars
            'read_datasets', 'from_scenes', 'Plan', 'build_files', 'read_info', 'read_files', 'verify', 'write_tsv']
 
 # %% ../nbs/lib/33_bench_files.ipynb #bfb3e307
-import base64, binascii, csv, hashlib, io, json, multiprocessing, re, struct, warnings, zlib
+import base64, binascii, csv, fcntl, hashlib, io, json, multiprocessing, re, struct, warnings, zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -541,6 +541,14 @@ def _begin(out:Path, settings:dict)->bool: # is it finished? ValueError when the
     for old in out.glob('.*.tmp*'): old.unlink() # of a build that was killed
     return info.exists()
 
+# %% ../nbs/lib/33_bench_files.ipynb #419df724
+@contextmanager
+def _alone(out:Path): # another process that builds the same folder waits until this one is done
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f'.{out.name}.lock'), 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 # %% ../nbs/lib/33_bench_files.ipynb #10a2cf1d
 _ASKED = ['benchmark', 'index', 'question', 'answer', 'corruption', 'severity']
 
@@ -602,8 +610,9 @@ def build_files(samples, # clean Samples: of read_tsv, read_datasets, from_scene
     "Corrupted versions of a benchmark (paper §4.1) as parquet; ValueError on bad settings, a folder of other settings, and when no row is usable."
     plan = Plan(design, tuple(severities), seed, tuple(dg.CORRUPTIONS if corruptions is None else corruptions), jpeg_quality, relative, by_group)
     out, settings = Path(out), _settings(plan, samples, shard)
-    if not _begin(out, settings): _build(samples, out, plan, settings, workers, progress)
-    if tsv: write_tsv(out)
+    with _alone(out):
+        if not _begin(out, settings): _build(samples, out, plan, settings, workers, progress)
+        if tsv: write_tsv(out)
     return read_info(out)
 
 # %% ../nbs/lib/33_bench_files.ipynb #1b28034f

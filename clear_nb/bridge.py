@@ -6,13 +6,13 @@
 __all__ = ['train_bridge', 'main']
 
 # %% ../nbs/lib/30_bridge.ipynb #8bf69468
-import numpy as np, torch
+import torch
 from .base import load_stage
 from .core import Preset, rng, stage_folder, torch_rng
-from .data import Pool, labelled_items, own_restorations, pool
+from .data import Pool
 from .model import ClearModel, freeze
-from .sft import by_image, make_examples, replay_pool, sft_loss, stage_rows
-from .train import accelerator, command, fit, ready
+from .sft import by_image, replay_pool, restored_by, sft_loss, stage_rows, training_set
+from .train import accelerator, command, fit, origin, ready
 
 # %% ../nbs/lib/30_bridge.ipynb #be82f2e4
 def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
@@ -22,6 +22,7 @@ def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
                 )->list:
     "Stage 2 in place; returns the history"
     acc, b, s = acc or accelerator(), preset.bridge, preset.sft
+    of = origin(model, preset.model, preset.data, s, b, seed, len(examples))
     groups = by_image(examples)
     run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)
     def loss(step):
@@ -29,17 +30,15 @@ def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
         rows = stage_rows(model, p, groups, replayed, preset, b.batch, g, t, 'both', own, 1., False)
         return run(lambda m: sft_loss(m, rows, s.lambda_mse, 0., acc))
     return fit(model, loss, b.steps, b.lr, b.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
-               desc='bridge', done=done)
+               desc='bridge', of=of, done=done)
 
 # %% ../nbs/lib/30_bridge.ipynb #1ffb4141
 def main(argv:list=None):
     "Stage 2: accelerate launch -m clear_nb.bridge params/tiny.yaml --seed 0"
-    p, seed = command(argv, main.__doc__)
+    p, seed, source = command(argv, main.__doc__)
     acc, model, folder = accelerator(), load_stage(p, seed, 'sft'), stage_folder(p.name, seed, 'bridge')
-    labelled = pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'sft'))
-    with acc.autocast():
-        examples, _ = make_examples(load_stage(p, seed, 'base'), labelled, seed, p.sft)
-        own = own_restorations(model, labelled, sorted({e.image for e in examples}), p.eval.denoise_steps, p.eval.shift, seed=seed)
+    labelled, examples, _ = training_set(model, load_stage(p, seed, 'base'), p, seed, source, acc)
+    with acc.autocast(): own = restored_by(model, labelled, examples, p, seed)
     train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'),
                  lambda m, _: m.save_pretrained(folder, torch.float16))
 

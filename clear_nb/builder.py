@@ -8,8 +8,7 @@ __all__ = ['PARTS', 'REASONS', 'BLOCK', 'GROUP', 'FILE', 'PROMPT', 'VERSION', 'F
            'open_hub', 'open_source', 'blocks', 'Found', 'Selection', 'select', 'sample_of', 'answer_all', 'Light',
            'picture_tokens', 'candidates', 'queues', 'goals', 'ask_content', 'read_trace', 'trace_fault', 'Annotator',
            'Trace', 'trace', 'wanted', 'Annotated', 'annotate', 'Estimate', 'estimate', 'Tally', 'statistics',
-           'build_training', 'read_manifest', 'Stored', 'Lazy', 'open_training', 'write_build_record', 'recipe_of',
-           'add_command']
+           'build_training', 'write_build_record', 'recipe_of', 'add_command']
 
 # %% ../nbs/lib/35_builder.ipynb #428e8220
 import argparse, base64, hashlib, io, json, logging, math, re, sys, threading, time, warnings
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
 from importlib import metadata
 from itertools import chain, count, islice
 from pathlib import Path
@@ -26,7 +25,6 @@ from string import ascii_uppercase
 import cv2
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
-import torch
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -34,11 +32,10 @@ import clear_nb
 from . import degrade as dg
 from .bench_files import Sample
 from .core import PATHS, Clock, atomic_path, disk_room, file_hash, load_preset, rng, write_record
-from .data import Example, Pool
-from .images import MAX_PIXELS, ResizeRule, image_tensor, open_image, resize
+from .data import REMAKE, read_manifest
+from .images import MAX_PIXELS, open_image
 from .judge import Replies
 from .reward import right
-from .scenes import Question
 from .server import Declined, Refused, Server
 from .trajectory import MARKER, parse
 
@@ -694,7 +691,7 @@ def _write_rejects(out:Path, lost:dict)->dict: # stage to counts by reason
 
 # %% ../nbs/lib/35_builder.ipynb #626729ca
 def _accounts(out:Path, said:Replies, lost:dict, kept:dict, rejected:dict)->dict: # kept: part to keys; where every row went
-    looked, held = Counter(), set()
+    looked = Counter()
     for f in _candidate_files(out): looked.update(Found.of(f).counts)
     n = sum(pq.read_metadata(f).num_rows for f in _candidate_files(out))
     mute = sum(said.get(c['key']) is None for f in _candidate_files(out) for c in _columns(f, ['key']))
@@ -722,7 +719,7 @@ def _settings(source:Source, base, model:str, request:dict, r:Recipe)->dict: # e
                                       annotator=dict(model=model, prompt=VERSION, request=request), versions=made), default=str))
 
 # %% ../nbs/lib/35_builder.ipynb #5eca87f3
-_MEND = {'manifest.json': 'remove it and start the same command again, which makes it anew from what is kept',
+_MEND = {'manifest.json': REMAKE,
          'building.json': 'choose a new folder, and move annotator.jsonl there so that nothing is asked twice'}
 
 # %% ../nbs/lib/35_builder.ipynb #f47a6f71
@@ -770,82 +767,6 @@ def build_training(source:Source, base, # base: an adapter
         if server is None: return cost
         if progress: print(cost, file=sys.stderr)
         return _finish(out, settings, r, said, light, annotate(a, out, q, r, workers, progress), a)
-
-# %% ../nbs/lib/35_builder.ipynb #7093f060
-def read_manifest(folder)->dict:
-    "Counts and settings of a finished build; ValueError for a folder without one."
-    path = Path(folder)/'manifest.json'
-    if not path.exists(): raise ValueError(f'{folder} holds no finished build: start `clear-nb build-data` on it again.')
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): {_MEND[path.name]}.') from e
-
-# %% ../nbs/lib/35_builder.ipynb #be5ad935
-@contextmanager
-def _sound(path:Path)->Iterator: # ValueError naming a file of examples that cannot be read
-    try: yield
-    except (pa.ArrowException, OSError) as e: raise ValueError(f"{path} is damaged ({e}): remove {path.with_name('manifest.json')} and start `clear-nb build-data` again, which writes the examples anew and asks nothing twice.") from e
-
-# %% ../nbs/lib/35_builder.ipynb #5ca21a17
-@lru_cache(maxsize=8)
-def _group_rows(path:Path, k:int)->list:
-    with _sound(path), pq.ParquetFile(path) as file: return file.read_row_group(k).to_pylist()
-
-def _group_index(folder:Path, part:str)->list: # (path, row group, row) of every example
-    files = [folder/n for n in read_manifest(folder)['files'] if n.startswith(f'{part}-')]
-    def groups(f):
-        with _sound(f): return [(f, k, pq.read_metadata(f).row_group(k).num_rows) for k in range(pq.read_metadata(f).num_row_groups)]
-    sizes = [g for f in files for g in groups(f)]
-    return [(f, k, i) for f, k, n in sizes for i in range(n)]
-
-# %% ../nbs/lib/35_builder.ipynb #72c9d92c
-class Stored:
-    "An item of `data` whose pictures lie on the disk."
-    def __init__(self, at:tuple, row:dict):
-        options = json.loads(row['options'])
-        self.at, self.key, self.corruption, self.severity, self.caption = at, row['key'], row['corruption'], row['severity'], ''
-        self.questions = [Question(row['source'], '', row['question'], row['answer'], tuple(options.values()))]
-
-    def picture(self, column:str)->Image.Image: return open_image(Image.open(io.BytesIO(_group_rows(*self.at[:2])[self.at[2]][column])))
-    clean = property(lambda self: np.asarray(self.picture('image'))) # (H, W, 3) uint8
-    seen = property(lambda self: np.asarray(self.picture('seen')))
-
-# %% ../nbs/lib/35_builder.ipynb #ceb1d5cb
-class Lazy:
-    "A sequence that is made when it is read; the last `keep` results stay."
-    def __init__(self, n:int, make:Callable, keep:int): self.n, self.make = n, lru_cache(keep)(make)
-    def __len__(self)->int: return self.n
-    def __getitem__(self, i): # int -> tensor, (slice or list of ints) -> list of them
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(self.n))]
-        if isinstance(i, (list, tuple)): return [self[k] for k in i]
-        if not -self.n <= int(i) < self.n: raise IndexError(f'{i} of {self.n}')
-        return self.make(int(i) % self.n)
-
-# %% ../nbs/lib/35_builder.ipynb #4622d8b3
-def _pixels(picture:Image.Image)->torch.Tensor: return torch.from_numpy(np.array(picture)).permute(2, 0, 1) # (3, H, W) uint8
-
-def _views(model, items:list)->dict: # functions of an index
-    vae, vit = ResizeRule(*model.cfg.vae_rule), ResizeRule(*model.cfg.vit_rule)
-    def grid(i): # the picture with one ViT patch for each latent token
-        w, h = vae.size(*items[i].picture('image').size)
-        return _pixels(items[i].picture('image').resize((w*vit.stride//vae.stride, h*vit.stride//vae.stride), Image.Resampling.BICUBIC))
-    @torch.no_grad()
-    def latent(i, column): return model.vae.encode([image_tensor(resize(items[i].picture(column), vae)).to(model.device)])[0].float().cpu()
-    return dict(clean=grid, seen=lambda i: _pixels(resize(items[i].picture('seen'), vit)), clean_z=partial(latent, column='image'), seen_z=partial(latent, column='seen'))
-
-# %% ../nbs/lib/35_builder.ipynb #3fe15634
-def open_training(folder, # of a finished build
-                  part:str, # 'sft' or 'rl'
-                  model, # ClearModel: its size rules and its VAE
-                  keep:int=4096 # pictures and latents held in memory, of each kind
-                 )->tuple: # Pool, Examples (of `rl`: without texts)
-    "A part as `train_sft`, `train_bridge` and `train_grpo` take it; ValueError for a part that does not exist."
-    if part not in PARTS: raise ValueError(f'part is one of {PARTS}, not {part!r}')
-    at, items, examples = _group_index(Path(folder), part), [], []
-    for i, (path, k, n) in enumerate(at):
-        row = _group_rows(path, k)[n]
-        items.append(Stored((path, k, n), row))
-        examples.append(Example(i, 0, row['restore'], tuple(row['texts'])))
-    return Pool(items, **{name: Lazy(len(items), make, keep) for name, make in _views(model, items).items()}), examples
 
 # %% ../nbs/lib/35_builder.ipynb #74e006d1
 def write_build_record(out, seconds:float)->Path: # of a finished build

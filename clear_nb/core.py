@@ -117,7 +117,6 @@ class Data:
     scenes:int # images with clean questions
     questions_per_image:int # questions packed with one image
     labelled:int # labelled questions about degraded images in each of two sets: for stages 1 and 2, and for stage 3
-    image_size:int # pixels
 
 # %% ../nbs/lib/00_core.ipynb #1d7f641e
 @dataclass(frozen=True)
@@ -291,10 +290,10 @@ def stage_folder(preset:str, seed:int, stage:str)->Path: # stage: a key of STAGE
 
 # %% ../nbs/lib/00_core.ipynb #7d7caf52
 def find_stage(preset:str, seed:int, stage:str)->Path:
-    "The run's weights of a stage, else the shipped ones, else FileNotFoundError naming the notebook that makes them."
+    "The run's weights of a stage, else the shipped ones (of seed 0; the base serves every seed), else FileNotFoundError naming the notebook that makes them."
     if stage not in STAGE_MADE_BY: raise ValueError(f'no stage {stage!r}: {closest(stage, STAGE_MADE_BY)}')
     own, shipped = stage_folder(preset, seed, stage), PATHS.checkpoints/preset/stage
-    for folder in (own, shipped):
+    for folder in (own, shipped) if stage == 'base' or seed == 0 else (own,):
         if folder.is_dir(): return folder
     published = stage == 'base' and preset in preset_names() and load_preset(preset).base.steps == 0 # no notebook makes it
     how = f'put the folder of ByteDance-Seed/BAGEL-7B-MoT, or a link to it, at {shipped}' if published else ' with '.join(filter(None, [f'run notebook {STAGE_MADE_BY[stage]}', ', '.join(f'{k}={v}' for k, v in STAGE_PARAMETERS.get(stage, {}).items())]))+' first'
@@ -414,5 +413,5 @@ def read_records(preset:str, # preset name
                  root:Path|None=None # folder; `results_dir(preset)` when not given
                 )->list[dict]: # in the order of the file names; empty when there are none
     "Records of a preset; ValueError naming the file when one is corrupt."
-    records = [_read_record(p) for p in sorted(Path(root or results_dir(preset)).glob('*.json'))]
+    records = [_read_record(p) for p in sorted(Path(root or results_dir(preset)).glob('[!.]*.json'))] # a hidden one is not finished
     return [r for r in records if notebook in (None, r['notebook']) and variant in (None, r['variant'])]

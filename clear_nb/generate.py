@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['BLANKS', 'MODES', 'POLICIES', 'WITHOUT', 'commit', 'prefill', 'draw', 'Turn', 'feed', 'Phrase', 'Ids', 'Until',
            'Next', 'decode', 'Noise', 'Restoration', 'join', 'Field', 'restore', 'branches', 'beginning',
-           'guide_caches', 'count', 'decode_pixels', 'reinject', 'Rollout', 'Sampling', 'phrase', 'rules', 'room',
-           'generate']
+           'guide_caches', 'count', 'decode_pixels', 'vit_sides', 'reread', 'reinject', 'Rollout', 'Sampling', 'phrase',
+           'rules', 'room', 'generate']
 
 # %% ../nbs/lib/22_generate.ipynb #0f24f09d
 import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from . import flow
 from .core import torch_rng
 from .flow import Guidance
+from .images import image_tensor
 from .model import ClearModel, Hidden, cache_layout
 from .mot import CAUSAL, KVCache, Layout, Route, select
 from .trajectory import MARKER, Gap, Packed, Parsed, Text, Vae, Vit, pack, parse, to, tokens_of
@@ -362,12 +364,27 @@ def decode_pixels(model:ClearModel, latents): # (R, z, h, w), or a list of laten
     if isinstance(latents, Tensor): return eight(model.vae.decode(latents.to(model.device)))
     return [eight(x) for x in model.vae.decode([z.to(model.device) for z in latents])]
 
+# %% ../nbs/lib/22_generate.ipynb #2986be54
+def vit_sides(model:ClearModel, sides)->list: # pixels of a decoded picture -> pixels the ViT reads
+    "Sides with one ViT patch for each latent token."
+    return [n*model.cfg.vit.patch//(model.cfg.vae.down*model.cfg.latent_patch) for n in sides]
+
+# %% ../nbs/lib/22_generate.ipynb #e4b17245
+def reread(model:ClearModel, latents)->list: # as in `decode_pixels` -> tensors (3, H', W') in [-1, 1]
+    "Decoded pictures in the size the ViT reads."
+    def fit(x):
+        h, w = vit_sides(model, x.shape[-2:])
+        if (h, w) == tuple(x.shape[-2:]): return x
+        eight = Image.fromarray(((x + 1)*127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+        return image_tensor(eight.resize((w, h), Image.Resampling.BICUBIC)).to(x)
+    return [fit(x) for x in decode_pixels(model, latents)]
+
 # %% ../nbs/lib/22_generate.ipynb #0b422631
-def reinject(model:ClearModel, latent:Tensor, mode:str='bridge', image:Tensor=None)->list:
+def reinject(model:ClearModel, latent:Tensor, mode:str='bridge', image:Tensor=None)->list: # image: of `reread`, where it is at hand
     "Segments that carry a restored image back into the context (paper §3.3). Raises ValueError for an unknown mode."
     if mode not in MODES: raise ValueError(f"unknown way '{mode}' to return the image; use {', '.join(MODES)}")
     if mode == 'bridge': return [Vae(latent), Gap()]
-    image = decode_pixels(model, latent[None])[0] if image is None else image
+    image = reread(model, latent[None])[0] if image is None else image
     return [Gap() if mode == 'reencode' else Vae(latent), Vit(image)]
 
 # %% ../nbs/lib/22_generate.ipynb #1e97d2bf
@@ -422,8 +439,8 @@ def rules(model:ClearModel, policy:str, first:bool)->dict: # first: is it the fi
 # %% ../nbs/lib/22_generate.ipynb #77766e4c
 def _back(model:ClearModel, zs:tuple, mode:str)->list: # zs: (z, h, w)
     "Segments of a returned picture, with blank values."
-    side = [n*model.cfg.vae.down for n in zs[-2:]]
-    return reinject(model, torch.empty(zs), mode, torch.empty(3, *side))
+    sides = vit_sides(model, [n*model.cfg.vae.down for n in zs[-2:]])
+    return reinject(model, torch.empty(zs), mode, torch.empty(3, *sides))
 
 def _trail(model:ClearModel, r:Rollout, mode:str)->list:
     "The context of a rollout whose last text is written; generated texts carry `loss`."
@@ -470,7 +487,7 @@ def _see(model:ClearModel, cache:KVCache, out:list, live:list, n:int, s:Sampling
     "Restoration `n` of the live rollouts, put back into their contexts."
     if oracle: done = [Restoration(oracle[r]) for r in live]
     else: done = _restored(model, cache, [out[r] for r in live], live, n, s, noise, [shapes[r] for r in live], progress)
-    pixels = [None]*len(live) if s.mode == 'bridge' else decode_pixels(model, [d.latent for d in done])
+    pixels = [None]*len(live) if s.mode == 'bridge' else reread(model, [d.latent for d in done])
     back = [reinject(model, d.latent, s.mode, x) for d, x in zip(done, pixels)]
     prefill(model, cache, back)
     for r, d, b in zip(live, done, back):

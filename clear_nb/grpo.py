@@ -8,7 +8,7 @@ __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 
            'old_flow_logp', 'bounded', 'clipped', 'is_clipped', 'k3', 'reference', 'Objective', 'token_weights',
            'Sample', 'make_samples', 'text_terms', 'flow_terms', 'joint_loss', 'summary', 'grpo_loss', 'collect',
            'judged', 'reward_table', 'choose_pairs', 'behaviour', 'outline', 'gathered', 'sampled', 'grpo_step',
-           'train_grpo', 'main']
+           'train_grpo', 'rl_set', 'main']
 
 # %% ../nbs/lib/32_grpo.ipynb #53c56659
 import copy, math, time, warnings
@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 from . import flow
 from .base import load_stage
 from .core import Grpo, Preset, rng, stage_folder, torch_rng
-from .data import Pool, all_pairs, labelled_items, pool as make_pool, prompts
+from .data import Pool, all_pairs, labelled_items, open_training, pool as make_pool, prompts
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, alone, command, complete, everyone, fit, idle, own_share, ready, totals
+from .train import accelerator, alone, command, complete, everyone, fit, idle, origin, own_share, ready, totals
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -438,21 +438,26 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
               )->list: # one dict per step
     "Stage 3 in place (paper §3.4); the ablations are options of `preset.grpo`"
     acc, cfg = acc or accelerator(), preset.grpo
-    o = Objective.of(cfg, **changes)
+    o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, len(pool))
     freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
     ref = reference(model) if o.beta else None
     run = ready(model, acc, preset.train)
     step_of = lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers, acc, run)
-    return fit(model, step_of, cfg.steps, cfg.lr, cfg.warmup, acc=acc, state=state, save_seconds=preset.train.save_seconds, desc='grpo', show=SHOW, done=done)
+    return fit(model, step_of, cfg.steps, cfg.lr, cfg.warmup, acc=acc, state=state, save_seconds=preset.train.save_seconds, desc='grpo', of=of, show=SHOW, done=done)
+
+# %% ../nbs/lib/32_grpo.ipynb #5df2a3b0
+def rl_set(model:ClearModel, preset:Preset, seed:int, source='')->Pool: # source: folder of `clear-nb build-data`; '': drawn scenes
+    "What stage 3 learns from"
+    if source: return open_training(source, 'rl', model)[0]
+    return make_pool(model, labelled_items(seed, preset.data.labelled, preset.data.questions_per_image, 'rl'))
 
 # %% ../nbs/lib/32_grpo.ipynb #d5cb34b6
 def main(argv:list=None):
     "Stage 3: accelerate launch -m clear_nb.grpo params/tiny.yaml --seed 0"
-    p, seed = command(argv, main.__doc__)
+    p, seed, source = command(argv, main.__doc__)
     folder = stage_folder(p.name, seed, 'grpo')
     acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
-    labelled = make_pool(model, labelled_items(seed, p.data.labelled, p.data.questions_per_image, 'rl'))
-    train_grpo(model, labelled, p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16))
+    train_grpo(model, rl_set(model, p, seed, source), p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16))
     acc.end_training()
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import degrade as dg, scenes
 from .bench_files import Rows, Sample, build_files, content_hash, from_scenes, read_files, read_info, verify
 from .core import PATHS, Clock, Eval, Preset, closest, file_hash, find_stage, read_records, write_record
-from .data import Item, Pool, encode, own_restorations, prompts
+from .data import Item, Pool, as_read, encode, own_restorations, pool, prompts
 from .generate import WITHOUT, Noise, Sampling, decode_pixels, generate
 from .model import ClearModel
 from .scoring import protocol_of, score_rows, score_units
@@ -214,13 +214,20 @@ def _generator(model:ClearModel, p:Pool, ev:Eval, seed:int)->torch.Tensor: # (n,
 FIRST = dict(classical=_filtered, generator=_generator) # name to (model, pool, eval, seed) -> pictures
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #6c046c12
+def _resized(model:ClearModel, items:list, subject:Subject, ev:Eval, seed:int)->Pool: # for a model whose rules ask for another size
+    p = pool(model, items)
+    if not subject.first: return p
+    made = FIRST[subject.first](model, p, ev, seed).permute(0, 2, 3, 1).numpy()
+    return pool(model, [replace(i, seen=x) for i, x in zip(items, made)])
+
 def _pool(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, memo:dict|None=None)->tuple: # Pool, (picture, question) of each row
     "Each picture once, with the latents this subject needs."
     items, pairs = _items(rows)
+    if not as_read(model, items[0].seen.shape[:2]): return _resized(model, items, subject, ev, seed), pairs
     clean, seen = (torch.from_numpy(np.stack([getattr(i, k) for i in items])).permute(0, 3, 1, 2).contiguous() for k in ('clean', 'seen'))
     none = torch.zeros(0)
     p = Pool(items, clean, seen, _latents(model, clean, memo) if subject.returns == 'clean' else none,
-             _latents(model, seen, memo) if subject.inputs != 'vit' else none)
+             _latents(model, seen, memo) if subject.inputs != 'vit' else none, model.cfg.cue)
     if not subject.first: return p, pairs
     seen = FIRST[subject.first](model, p, ev, seed)
     return replace(p, seen=seen, seen_z=encode(model, seen)), pairs

@@ -43,6 +43,7 @@ class ClearConfig:
     vae_rule: tuple = (1024, 512, 16) # longest side, shortest side, stride
     vit_rule: tuple = (518, 224, 14)
     text_ids: int = None # ids with text logits: the first ones; None: all of the vocabulary
+    cue: str = 'think first' # what stands behind a question that wants a thought; published models know none
 
 # %% ../nbs/lib/20_model.ipynb #336e6da8
 def _build(cls, d:dict):
@@ -383,7 +384,7 @@ def bagel_config(path:Path, tokenizer, **changes)->ClearConfig: # changes: field
         raise ValueError(f'the tokenizer in {path} lacks {", ".join(lost)}; use that of Qwen2.5, which BAGEL comes with.')
     n, rows = max(ids.values()) + 1, llm['vocab_size']
     if n > rows: raise ValueError(f'the tokenizer in {path} has {n} ids, llm_config.json says {rows}; use the tokenizer of this checkpoint.')
-    more = _json(path/'clear_config.json') if (path/'clear_config.json').is_file() else dict(text_ids=n if n < rows else None)
+    more = _json(path/'clear_config.json') if (path/'clear_config.json').is_file() else dict(text_ids=n if n < rows else None, cue='')
     found = {'vae': {}, **more, 'llm': llm, 'vit': vit, **{k: ids[t] for k, t in CONTROL_TOKENS.items()}}
     return replace(ClearConfig.from_dict(found), **changes)
 

@@ -217,7 +217,7 @@ def states(model:ClearModel, p:Pool, ev:Eval, # batch, steps and shift are used
     asked, latents = [], []
     for k in range(0, len(p), ev.batch):
         start = prompts(model.tokenizer, p, [(i, 0) for i in range(k, min(k + ev.batch, len(p)))])
-        a, z = _state(model, start, Noise(*noise, first=k), tuple(p.seen_z.shape[1:]), ev, max_new)
+        a, z = _state(model, start, Noise(*noise, first=k), tuple(p.seen_z[k].shape), ev, max_new)
         asked, latents = asked + a, latents + z
     return torch.stack(latents), np.array(asked)
 

@@ -110,7 +110,7 @@ def inputs(notebook:str, # name
            preset:str, seed:int|None
           )->list[Path]: # that exist
     "Products a notebook may read: weights of earlier stages and shipped ones; records for the summary notebooks."
-    if seed is None: return sorted(results_dir(preset).glob('*.json'))
+    if seed is None: return sorted(results_dir(preset).glob('[!.]*.json'))
     names = [n for n, by in STAGE_MADE_BY.items() if by in earlier(notebook)]
     found = [p for n in names for p in (stage_folder(preset, seed, n), PATHS.checkpoints/preset/n)]
     return [p for p in found if p.exists()]

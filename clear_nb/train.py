@@ -6,8 +6,8 @@
 __all__ = ['TRACKERS', 'LORA', 'lr_at', 'trainable', 'Ema', 'tracker_name', 'fast_precision', 'accelerator', 'alone', 'own_share',
            'everyone', 'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete',
            'idle', 'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'generators', 'checksum', 'tensors_of',
-           'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'load_state', 'optimizer', 'update',
-           'fit', 'once', 'smooth', 'plot_history']
+           'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'origin', 'load_state', 'optimizer',
+           'update', 'fit', 'once', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
 import argparse, json, math, os, time, warnings, weakref, zlib
@@ -207,13 +207,14 @@ def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the calla
     return parallel(model, acc)
 
 # %% ../nbs/lib/26_train.ipynb #24e32c2f
-def command(argv:list|None, doc:str)->tuple: # preset, seed
-    "Arguments of a stage's command: a file of params/, and a seed"
+def command(argv:list|None, doc:str)->tuple: # preset, seed, source
+    "Arguments of a stage's command: a file of params/, a seed, and where the questions come from"
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument('params', type=Path, help='for example params/tiny.yaml')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--source', default='', help='folder that `clear-nb build-data` has made (default: drawn scenes)')
     a = parser.parse_args(argv)
-    return load_preset(a.params.stem, a.params.parent), a.seed
+    return load_preset(a.params.stem, a.params.parent), a.seed, a.source
 
 # %% ../nbs/lib/26_train.ipynb #3a5da021
 def full(t:torch.Tensor)->torch.Tensor:
@@ -286,6 +287,12 @@ def last_state(path)->tuple|None: # tensors, info; None when nothing was saved
         try: return read_state(f)
         except ValueError as e: warnings.warn(f'{e}; going on from the state before it')
     if found: raise ValueError(f'no state of {Path(path).stem} in {Path(path).parent} can be read; delete {", ".join(f.name for f in found)} to start again')
+
+# %% ../nbs/lib/26_train.ipynb #9970eeb9
+def origin(model:nn.Module, *what)->str: # what: numbers and settings with a faithful `repr`
+    "A short name for what a run starts from."
+    heads = {k: t.detach().flatten()[:64].float().cpu() for k, t in model.state_dict().items()}
+    return f'{checksum(heads):08x}-{zlib.crc32(repr(what).encode()):08x}'
 
 # %% ../nbs/lib/26_train.ipynb #ef836b07
 def load_state(path, model:nn.Module, opt, ema, plan:dict)->tuple: # first step to do, history so far
@@ -370,13 +377,14 @@ def fit(model:nn.Module,
         state:Path=None, # where to save to and resume from, see `states`
         save_seconds:float=120., # time between saves; 0: after every update
         desc:str='training',
+        of:str='', # `origin`: what else the run depends on
         show:tuple=(), # numbers beside the progress bar; the loss and everything logged when empty
         done=None, # called with the trained model and the history before the states go, for example to save both
        )->list: # one dict per step: step, loss, grad_norm, lr and the logged numbers
     "Train in place; afterwards the model holds the averaged weights when `ema` > 0"
     acc, opt = acc or accelerator(), optimizer(model, lr, weight_decay)
     if not alone(acc) and model not in _shared: raise ValueError(f'{desc}: {acc.num_processes} processes, but the model is not shared; call parallel(model, acc) first, or launch one process')
-    avg, plan = Ema(model, ema) if ema else None, dict(desc=desc, steps=steps, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay, clip=clip)
+    avg, plan = Ema(model, ema) if ema else None, dict(desc=desc, steps=steps, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay, clip=clip, of=of)
     first, history = load_state(state, model, opt, avg, plan) if state else (0, [])
     save, saved = _saver(model, opt, avg, acc, state, plan, history), time.monotonic()
     bar = tqdm(range(first, steps), desc=desc, initial=first, total=steps, mininterval=2, disable=not acc.is_main_process)
@@ -395,6 +403,7 @@ def fit(model:nn.Module,
 def once(folder:Path, # for the trained model; states and history lie beside it
          plan:str, # what the run depends on, for example repr(preset)
          train, # state, done -> history; `fit` takes and returns these
+         dtype=torch.float16, # of the files; None: the model's
         )->list: # history
     "Train and save a model, or read the history back when that was done; ValueError when it was done under another plan"
     file, state = (folder.with_name(f'{folder.name}_{end}') for end in ('history.json', 'state.pt'))
@@ -404,7 +413,7 @@ def once(folder:Path, # for the trained model; states and history lie beside it
         drop_states(state)
         return found['history']
     def done(model, history):
-        model.save_pretrained(folder, torch.float16)
+        model.save_pretrained(folder, dtype)
         with atomic_path(file) as tmp: tmp.write_text(json.dumps(dict(plan=plan, history=history)))
     return train(state, done)
 

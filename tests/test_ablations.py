@@ -220,7 +220,7 @@ def test_budgets_are_nested():
 
 def test_too_few_labels(empty, monkeypatch):
     """Nothing left after balancing is an error that says what to do."""
-    monkeypatch.setattr(ab, 'make_examples', lambda *a: ([], 0.))
+    monkeypatch.setattr(ab, 'training_set', lambda *a, **k: (None, [], 0.))
     with pytest.raises(ValueError, match='2 labelled questions.*use more'): run([ab.label_cases(SMOKE, 1)[2]], empty)
 
 

@@ -143,7 +143,7 @@ def test_once(tmp_path, monkeypatch, where):
 @pytest.mark.parametrize('moment', ['history', 'states'])
 def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
     """Killed when a part is trained and not yet written down, stage 0 goes on without computing it again."""
-    p, write, steps, last = load_preset('smoke'), base.atomic_path, [], dict(history='pictures/history.json', states='pictures_state.pt')[moment]
+    p, write, steps, last = load_preset('smoke'), loop.atomic_path, [], dict(history='pictures_history.json', states='pictures_state.pt')[moment]
     drop = loop.drop_states
     def dies(path):
         if str(path).endswith(last): raise InterruptedError
@@ -154,10 +154,11 @@ def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(base, 'base_items', lambda *a: world)
     monkeypatch.setattr(base, 'base_loss', lambda *a: (steps.append(1), counted(*a))[1])
     with monkeypatch.context() as m:
-        m.setattr(*((base, 'atomic_path') if moment == 'history' else (loop, 'drop_states')), dies)
+        m.setattr(loop, 'atomic_path' if moment == 'history' else 'drop_states', dies)
         with pytest.raises(InterruptedError): base.train_stage0(small, 0, tmp_path/'parts')
     model, histories = base.train_stage0(small, 0, tmp_path/'parts')
     assert len(steps) == 4 and {k: len(h) for k, h in histories.items()} == dict(vae=2, pictures=2, later=1, text=1)
-    assert sorted(f.name for f in (tmp_path/'parts').iterdir()) == ['later', 'pictures', 'text', 'vae']
+    assert sorted(f.name for f in (tmp_path/'parts').iterdir()) == sorted(f'{k}{end}' for k in histories for end in ('', '_history.json'))
     again, same = base.train_stage0(small, 0, tmp_path/'parts')
     assert same == histories and len(steps) == 4 and torch.equal(again.vae2llm.weight, model.vae2llm.weight)
+    with pytest.raises(ValueError, match='another run .*delete it'): base.train_stage0(replace(small, base=replace(small.base, steps=3)), 0, tmp_path/'parts')
