@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 'advantages', 'state_at', 'rollout_segments',
            'choose_steps', 'forbidden', 'text_logp', 'recorded_logp', 'owners', 'flow_logp', 'noise_logp',
-           'old_flow_logp', 'bounded', 'clipped', 'is_clipped', 'k3', 'reference', 'Objective', 'token_weights',
-           'Sample', 'make_samples', 'text_terms', 'flow_terms', 'joint_loss', 'summary', 'grpo_loss', 'collect',
-           'judged', 'reward_table', 'choose_pairs', 'behaviour', 'outline', 'gathered', 'sampled', 'grpo_step',
-           'train_grpo', 'rl_set', 'main']
+           'old_flow_logp', 'bounded', 'clipped', 'is_clipped', 'k3', 'reference', 'shared_reference', 'Objective',
+           'token_weights', 'Sample', 'make_samples', 'text_terms', 'flow_terms', 'joint_loss', 'summary', 'grpo_loss',
+           'collect', 'judged', 'reward_table', 'choose_pairs', 'behaviour', 'outline', 'gathered', 'sampled',
+           'grpo_step', 'train_grpo', 'rl_set', 'main']
 
 # %% ../nbs/lib/32_grpo.ipynb #53c56659
 import copy, math, time, warnings
@@ -25,7 +25,7 @@ from .data import Pool, all_pairs, labelled_items, open_training, pool as make_p
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, alone, command, complete, everyone, fit, idle, origin, own_share, ready, totals
+from .train import accelerator, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, ready, totals
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -187,6 +187,10 @@ def reference(model:ClearModel)->ClearModel:
     shared = (model.vae, model.vit_model, model.connector, model.tokenizer)
     return copy.deepcopy(model, {id(o): o for o in shared}).requires_grad_(False).eval()
 
+def shared_reference(model:ClearModel, acc): # f -> f(reference); model: of `parallel`, before the first update
+    "The frozen copy under FSDP, in pieces like the model: two whole ones fit no GPU at 7B"
+    return parallel(complete(model).requires_grad_(False).eval(), acc)
+
 # %% ../nbs/lib/32_grpo.ipynb #dfc2da11
 @dataclass(frozen=True)
 class Objective:
@@ -253,7 +257,8 @@ def text_terms(model:ClearModel, h:Hidden, samples:list, o:Objective, ref:ClearM
     logp = text_logp(model, h, o.temperature, banned)
     A, w = (_per_text(samples, p, [getattr(s, k) for s in samples]) for k in ('advantage', 'w_text'))
     d = logp - recorded_logp([s.rollout for s in samples]).to(logp)
-    with torch.no_grad(): base = logp.detach() if ref is None else text_logp(ref, ref(p), o.temperature, banned)
+    said = lambda m: text_logp(m, m(p), o.temperature, banned)
+    with torch.no_grad(): base = logp.detach() if ref is None else said(ref) if isinstance(ref, ClearModel) else ref(said)
     kl = k3(logp, base)
     loss = (w*(clipped(d, A, o.epsilon) + o.beta*kl)).sum()
     return loss, dict(text=d, text_clip=is_clipped(d, A, o.epsilon), kl=kl)
@@ -353,9 +358,8 @@ def collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None, # 
     "Gradient of the joint loss, piece by piece; FloatingPointError on every process, with the trajectories' names, when it is not finite"
     value, details = _collect(model, samples, o, ref, micro, acc, run)
     if totals([not torch.isfinite(value)], acc)[0]:
-        actor = complete(model)
-        for part in ('vae', 'vit_model', 'connector'): ref is None or setattr(ref, part, getattr(actor, part)) # which the reference shares
-        bad = everyone(_blame(actor, samples, o, ref), acc)
+        actor, o = complete(model), o if isinstance(ref, ClearModel) else replace(o, beta=0.) # a reference in pieces cannot be asked by one process
+        bad = everyone(_blame(actor, samples, o, ref if o.beta else None), acc)
         names = ', '.join(bad[:4]) + f' and {len(bad) - 4} more'*(len(bad) > 4) or 'no single trajectory, only their sum'
         raise FloatingPointError(f'{where}: the loss or its gradient is not finite because of {names}')
     return value, everyone([{k: v.cpu() for k, v in d.items()} for d in details], acc)
@@ -440,8 +444,9 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
     acc, cfg = acc or accelerator(), preset.grpo
     o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, len(pool))
     freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
-    ref = reference(model) if o.beta else None
+    whole = reference(model) if o.beta and not (pieces := not alone(acc) and fsdp_settings(acc)) else None
     run = ready(model, acc, preset.train)
+    ref = shared_reference(model, acc) if o.beta and pieces else whole
     step_of = lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers, acc, run)
     return fit(model, step_of, cfg.steps, cfg.lr, cfg.warmup, acc=acc, state=state, save_seconds=preset.train.save_seconds, desc='grpo', of=of, show=SHOW, done=done)
 

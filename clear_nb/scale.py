@@ -216,7 +216,9 @@ def stage_table(p:Preset, gpus:int, w:int, h:int, question:int, said:int, gpu:Gp
     row('sft', p.sft.steps*p.sft.batch, Plan(gpus, ema=True))
     row('bridge', p.bridge.steps*p.bridge.batch, Plan(gpus, ema=True))
     n, each = g.steps*g.prompts*g.group, max(1, g.prompts*g.group//gpus)
-    row('grpo', n, Plan(gpus, pieces=each, reference=g.beta > 0), n/each/gpus*sum(answer_seconds(cfg, at('grpo'), g.denoise_steps, each, gpu).values()))
+    plan = Plan(gpus, pieces=each, reference=g.beta > 0)
+    row('grpo', n, plan, n/each/gpus*sum(answer_seconds(cfg, at('grpo'), g.denoise_steps, each, gpu).values()))
+    if gpus > 1: rows[-1]['gib'] = max(rows[-1]['gib'], (state_bytes(cfg, plan) + 2*sum(_own(cfg)))/2**30) # a whole copy in bf16 samples
     return rows
 
 # %% ../nbs/lib/46_scale.ipynb #22f83681

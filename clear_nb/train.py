@@ -158,11 +158,17 @@ def parallel(model:nn.Module, acc:Accelerator=None): # f -> f(model)
 
 # %% ../nbs/lib/26_train.ipynb #d27726d0
 @torch.no_grad()
-def complete(model:nn.Module, dtype:torch.dtype=torch.float32)->nn.Module: # dtype: of the copy
+def complete(model:nn.Module, dtype:torch.dtype=torch.float32, device=None, # of the copy; None: where the model is
+             keep:bool=True # False: this process only hands in its pieces
+            )->nn.Module|None:
     "The model itself or, where its weights lie in pieces, a complete copy; all processes must ask for it"
     if not any(isinstance(p, DTensor) for p in model.parameters()): return model
-    copy, pieces = materialise(meta_model(model.cfg, model.tokenizer, dtype), model.device), model.state_dict()
-    for k, v in copy.state_dict().items(): v.copy_(full(pieces[k]))
+    copy, pieces = meta_model(model.cfg, model.tokenizer, dtype), model.state_dict()
+    if keep: materialise(copy, device or model.device)
+    for k, v in copy.state_dict().items():
+        whole = full(pieces[k])
+        if keep: v.copy_(whole)
+    if not keep: return None
     for p, q in zip(copy.parameters(), model.parameters()): p.requires_grad_(q.requires_grad)
     return copy.train(model.training)
 
@@ -354,7 +360,7 @@ def _finish(model, ema, acc:Accelerator, state, done, history:list):
     if ema: ema.copy_to(model)
     merge_lora(model)
     if done:
-        ready = complete(model)
+        ready = complete(model, device='cpu', keep=acc.is_main_process)
         if acc.is_main_process: done(ready, history)
     acc.wait_for_everyone()
     if state and acc.is_main_process: drop_states(state)
