@@ -98,12 +98,12 @@ def test_refused(code, word, tmp_path):
 
 
 def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
-    """Not in repr, record fields, errors, logs, output or cache, even when the server sends it back."""
+    """Not in repr, record fields, errors, logs, output or cache, even when an error repeats it."""
     monkeypatch.setenv('OPENAI_LOG', 'debug')
     caplog.set_level(logging.DEBUG)
     for name in ('openai', 'httpx', 'httpcore', 'httpx2', 'httpcore2'): caplog.set_level(logging.DEBUG, name)
     seen = []
-    with FakeServer(['0.5', KEY, Raw(KEY), Status(500, KEY), Status(500, KEY), Status(400, KEY), Status(401, KEY)]) as server:
+    with FakeServer(['0.5', 'hm', Raw(KEY), Status(500, KEY), Status(500, KEY), Status(400, KEY), Status(401, KEY)]) as server:
         judge = judge_of(server, tries=3, cache=tmp_path/'r.jsonl')
         seen += [judge(QUESTION, f'{k}') for k in range(4)]
         with pytest.raises(Refused) as e: judge(QUESTION, 'last')
@@ -112,6 +112,17 @@ def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
     seen += [r.getMessage() for r in caplog.records]
     assert [type(s).__name__ for s in seen[:4]] == ['Score', 'Unparsable', 'Outage', 'Outage'] and len(caplog.records) > 5
     assert not [s for s in map(str, seen) if KEY in s] and not [s for s in map(repr, seen) if KEY in s]
+
+
+@pytest.mark.parametrize('key, said', [('1', '1.0'), ('EMPTY', 'The sign says EMPTY'), (KEY, f'{KEY} is what I see')])
+def test_replies_stay_as_they_came(key, said, monkeypatch):
+    """Nothing is cut out of a reply; out of an error only what can be a key."""
+    monkeypatch.setenv('OPENAI_API_KEY', key)
+    with FakeServer([said, Status(400, said)]) as server:
+        s = Server('m', server.url, tries=1)
+        assert s.ask('?') == (said, dict(finish='stop', model='m'))
+        with pytest.raises(ConnectionError) as e: s.ask('?')
+        assert (said in str(e.value)) == (key != KEY) and KEY not in str(e.value)
 
 
 def test_key_variable(monkeypatch):
