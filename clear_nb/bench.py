@@ -142,6 +142,11 @@ def _asked(adapter:Adapter, part:list)->list: # Replies
 # %% ../nbs/lib/41_bench.ipynb #e7879381
 def _finished(out:Path, shard:tuple)->Path: return out/f'finished-{shard[0]}-of-{shard[1]}.json'
 
+def _unfinish(out:Path, shard:tuple):
+    "Take back what this shard said, and what runs with another number of processes said."
+    for old in out.glob('finished-*.json'):
+        if old == _finished(out, shard) or not old.stem.endswith(f'-of-{shard[1]}'): old.unlink(missing_ok=True)
+
 def _loop(adapter:Adapter, todo:Iterable, out:Path, batch:int, bar):
     "Ask and append. What a server said before it refused is kept."
     for part in _chunks(todo, batch):
@@ -164,7 +169,7 @@ def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
     out, shard, count = Path(out), shard or _launched(), dict(rows=0, rejects=[])
     if not 0 <= shard[0] < shard[1]: raise ValueError(f'shard {shard[0]} of {shard[1]} does not exist; they are numbered from 0.')
     _settled(out, adapter, content)
-    _finished(out, shard).unlink(missing_ok=True)
+    _unfinish(out, shard)
     old = _replies(out).query("kind == 'answer'")
     todo = _todo(_wanted(_sound(samples, count['rejects']), severities, limit), dict(zip(zip(*(old[k] for k in KEY)), old.hash)), shard, count)
     with tqdm(todo, adapter.name, unit='rows', disable=not progress) as bar: _loop(adapter, todo, out, batch or adapter.batch, bar)
@@ -175,10 +180,9 @@ def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
 def _whole(out:Path)->dict: # rows: None while some shard has not finished
     "How many rows the whole run has, and which could not be used."
     told = {p.stem: _told_in(p, 'delete it and run its command again') for p in out.glob('finished-*.json')}
-    for n in {name.split('-')[-1] for name in told}:
-        names = [f'finished-{i}-of-{n}' for i in range(int(n))]
-        if all(name in told for name in names): return dict(rejects=[]) | max((told[name] for name in names), key=lambda t: t['rows'])
-    return dict(rows=None, rejects=[])
+    n = max((int(name.split('-')[-1]) for name in told), default=0)
+    whole = set(told) == {f'finished-{i}-of-{n}' for i in range(n)} and len({t['rows'] for t in told.values()}) == 1
+    return dict(rejects=[]) | told[f'finished-0-of-{n}'] if whole else dict(rows=None, rejects=[])
 
 # %% ../nbs/lib/41_bench.ipynb #673b81bd
 def collect(out:Path # folder of a run

@@ -17,7 +17,7 @@ import tiny_hf
 from bench_rows import guess, picture, rows, slow
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, ServerAdapter
-from clear_nb.bench import _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
+from clear_nb.bench import _mine, _whole, accuracy_table, collect, main, read_results, report_bench, run_bench
 from clear_nb.bench_files import Sample
 from clear_nb.core import ROOT, rng
 from clear_nb.scenes import benchmark
@@ -50,6 +50,26 @@ def test_shards(whole, tmp_path, n):
     for i in range(n): run_bench(CallableAdapter(guess), iter(rows()), tmp_path/'s', batch=4, shard=(i, n), progress=False)
     assert results(tmp_path/'s').equals(whole)
     assert all(len({next(i for i in range(n) if _mine(s, (i, n))) for s in rows() if s.group == g}) == 1 for g in '012')
+
+
+def test_only_this_run_is_finished(tmp_path):
+    "What another number of processes, or an earlier run with a limit, left behind finishes nothing."
+    def run(i, n, **kw): return run_bench(CallableAdapter(guess), rows(), tmp_path/'r', shard=(i, n), progress=False, **kw)
+    def heard(): return _whole(tmp_path/'r')['rows'], len(list((tmp_path/'r').glob('finished-*')))
+    run(0, 1, limit=1)
+    assert heard() == (8, 1)
+    run(0, 2, limit=1)
+    assert heard() == (None, 1)
+    run(1, 2, limit=1)
+    assert heard() == (8, 2)
+    run(0, 2)
+    assert heard() == (None, 2) # shard 1 has not begun
+    run(1, 2)
+    assert heard() == (24, 2)
+    (tmp_path/'r'/'finished-0-of-1.json').write_text('{"rows": 24}') # of a folder where nothing was cleared
+    assert heard() == (None, 3)
+    run(0, 1)
+    assert heard() == (24, 1)
 
 
 def test_batches(whole, tmp_path):
