@@ -20,14 +20,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 from . import answer, bench_files, builder, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
 from .bench_files import Reject, Sample
-from .core import atomic_path, versions
+from .core import atomic_path, read_settings, versions
 from .judge import LLMJudge
 from .report import Estimate, table8, to_markdown
 from .server import Refused
@@ -432,13 +431,6 @@ def report_bench(folders, # folder of a run, or several
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     return write_report([read_results(f, judge, compat) for f in folders], out)
 
-# %% ../nbs/lib/41_bench.ipynb #60e6468b
-def _pairs(texts:list)->dict: # ['workers=16']
-    "Arguments of the adapter. Raises ValueError for a text without '='."
-    for t in texts:
-        if '=' not in t: raise ValueError(f'cannot read {t!r}: write NAME=VALUE, for example workers=16.')
-    return {k: yaml.safe_load(v) for k, _, v in (t.partition('=') for t in texts)}
-
 # %% ../nbs/lib/41_bench.ipynb #0c4387eb
 def _source(path:Path, severities)->tuple: # Samples and Rejects, what identifies them
     "Rows of a built benchmark, or of a file with tab-separated rows. Raises FileNotFoundError and what `bench_files` raises."
@@ -478,7 +470,8 @@ def _told_left(left:pd.DataFrame, most:int=20)->int: # exit status
 def _bench(args:argparse.Namespace)->int: # exit status
     "Run, collect, report; of several processes the one that finishes last reports."
     shard = _launched() # first: it decides the device
-    adapter = open_adapter(args.model, **{**_pairs(args.set), 'instruction': args.instruction, **({} if args.batch is None else {'batch': args.batch})})
+    given = {k: v for k, v in dict(instruction=args.instruction, batch=args.batch).items() if v is not None}
+    adapter = open_adapter(args.model, **read_settings(args.set) | given)
     samples, content = _sources(args.data, args.severity)
     run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, progress=shard[0] == 0)
     return 0 if _whole(args.out)['rows'] is None else _reported([args.out], args) # None: another shard is still at work
@@ -504,8 +497,8 @@ def _bench_options(kinds):
     a.add_argument('--out', type=Path, required=True, help='folder of this run; an earlier run in it is continued')
     a.add_argument('--batch', type=int, help='rows per call (default: what suits the model)')
     a.add_argument('--limit', type=int, help='questions per benchmark and severity (default: all)')
-    a.add_argument('--instruction', default='', help='a last line of every prompt, e.g. "Answer with the letter only."')
-    a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu')
+    a.add_argument('--instruction', help='a last line of every prompt, e.g. "Answer with the letter only." (default: none)')
+    a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu; a dot leads into a mapping, e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20')
     a.set_defaults(run=_bench)
     return a
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import clear_nb
 from . import degrade as dg
 from .bench_files import Sample
-from .core import PATHS, Clock, atomic_path, disk_room, file_hash, load_preset, rng, write_record
+from .core import PATHS, Clock, atomic_path, disk_room, file_hash, fill, load_preset, read_settings, rng, write_record
 from .data import Example, Pool
 from .images import MAX_PIXELS, ResizeRule, image_tensor, open_image, resize
 from .judge import Replies
@@ -864,13 +864,8 @@ def _told(m:dict)->list: # lines for people
 _RECIPE = {f.name: f for f in fields(Recipe)}
 
 def recipe_of(texts:list, **given)->Recipe: # texts: NAME=VALUE
-    "A recipe from the command line; ValueError for names that do not exist."
-    import yaml
-    for t in texts:
-        name, eq, value = t.partition('=')
-        if not eq or name not in _RECIPE: raise ValueError(f"cannot read {t!r}: write NAME=VALUE with one of {', '.join(_RECIPE)}")
-        given[name] = yaml.safe_load(value)
-    return Recipe(**given)
+    "A recipe from the command line; ValueError for names that do not exist and values of another type."
+    return fill(Recipe, given | read_settings(texts), '--set ')
 
 # %% ../nbs/lib/35_builder.ipynb #0f9f753e
 def _annotator(args)->Server|None:

@@ -15,6 +15,7 @@ from bench_rows import picture
 from clear_nb.adapters import CallableAdapter, ClearAdapter, HFAdapter, Reply, ServerAdapter, _RowNoise, open_adapter, prompt_of, response
 from clear_nb.answer import ask, sampling_of
 from clear_nb.bench_files import Sample
+from clear_nb.flow import Guidance
 from clear_nb.generate import Noise, generate
 from clear_nb.server import Refused
 from fake_server import FAILURES, FakeServer, Status, hasty
@@ -96,6 +97,15 @@ def test_clear_from_a_folder(model, tmp_path):
     assert open_adapter(f'clear:{folder}', max_new=5, steps=3).settings == a.settings
     other = ClearAdapter(talker('adapters', 1).save_pretrained(tmp_path/'other'/'m'), device='cpu', max_new=5, steps=3)
     assert other.settings['weights'] != a.settings['weights'] and json.loads(json.dumps(a.settings))
+
+
+def test_clear_guidance(model):
+    "A mapping reaches the restoration as guidance; wrong names and values are told at once."
+    guided = ClearAdapter(model, max_new=5, steps=3, policy='always', guidance=dict(text=4, image=2))
+    assert guided.sampling.guidance == Guidance(4., 2.) and guided(rows(1))[0].kind == 'answer' and json.loads(json.dumps(guided.settings))['sampling']['guidance']['image'] == 2
+    assert ClearAdapter(model, guidance=Guidance(4., 2.)).sampling.guidance == guided.sampling.guidance and ClearAdapter(model, guidance=None).sampling.guidance is None
+    for wrong, why in ((dict(pictures=2), "unknown key 'pictures'"), (dict(text='a lot'), 'guidance.text must be float'), ('4', 'must be a mapping'), (4, 'must be a mapping')):
+        with pytest.raises(ValueError, match=why): ClearAdapter(model, guidance=wrong)
 
 
 def test_clear_outages(model):

@@ -284,6 +284,25 @@ def test_command_refusals(data, tmp_path, more, sentence, capsys):
     assert sentence in said.err and said.err.startswith('clear-nb: ') and said.err.count('\n') == 1 and said.out == ''
 
 
+@pytest.mark.parametrize('setting, sentence', [('worker=16', "did you mean 'workers'"), ('api_key=sk-of-the-shell', 'environment variable OPENAI_API_KEY'), ('guidance=4', 'a server has no setting'),
+    ('extra_headers.Authorization=sk-of-the-shell', 'environment variable OPENAI_API_KEY'), ('spec=x', 'multiple values')])
+def test_command_settings_of_a_server(data, tmp_path, setting, sentence, capsys):
+    "What the server would not take stops the command before the folder is made; the corrected command runs."
+    with FakeServer(default='A') as server:
+        model = ['--model', f'server:m@{server.url}', '--limit', '1']
+        assert main(command(data, tmp_path, *model, '--set', setting)) == 2
+        said = capsys.readouterr().err
+        assert sentence in said and said.count('\n') == 1 and 'sk-of-the-shell' not in said and not (tmp_path/'run').exists() and not server.requests
+        assert main(command(data, tmp_path, *model, '--set', 'workers=2', 'extra_body.top_k=5')) == 0 and server.requests[0].body['top_k'] == 5
+
+
+def test_command_instruction(data, tmp_path):
+    "Either way to give it reaches the prompts, as the text that was written."
+    for k, (more, text) in enumerate({('--set', 'instruction=Role: a. #1'): 'Role: a. #1', ('--instruction', 'b', '--set', 'instruction=c'): 'b', (): ''}.items()):
+        assert main(command(data, tmp_path, '--limit', '1', '--out', str(tmp_path/str(k)), *more)) == 0
+        assert json.loads((tmp_path/str(k)/'run.json').read_text())['settings']['instruction'] == text
+
+
 def test_entry_point_knows_both(capsys):
     "The console script explains both commands."
     for argv, words in {('--help',): ('answer', 'bench', 'compare'), ('bench', '--help'): ('--model', '--data', '--severity', '--limit', '--instruction', 'Exit status: 0'), ('compare', '--help'): ('runs', '--out', 'Exit status: 0'), ('answer', '--help'): ('--image', '--question')}.items():

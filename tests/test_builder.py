@@ -2,6 +2,7 @@
 import hashlib
 import json
 import multiprocessing
+import re
 import signal
 import time
 from collections import Counter
@@ -192,6 +193,12 @@ def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
     with FakeServer(default=Status(400, 'unknown field')) as server:
         with pytest.raises(ValueError, match='declines every request.*unknown field'): build(source, server.url, tmp_path/'out', small)
     assert lines(tmp_path/'out'/'annotator.jsonl') == 0
+
+
+@pytest.mark.parametrize('setting, why', [('share=abc', "share must be float, got 'abc'"), ('n=1.5', 'n must be int'), ('spare=[1', 'spare must be float'), ('relative=1', 'relative must be bool'), ('shares=1', "did you mean 'share'")])
+def test_recipe_of_the_command_line(setting, why):
+    """Another type than that of the recipe, another name."""
+    with pytest.raises(ValueError, match=re.escape(why)): bd.recipe_of([setting])
 
 
 class Moody(CallableAdapter):
