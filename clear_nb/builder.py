@@ -380,11 +380,17 @@ def _chunks(items:Iterable, n:int)->Iterator: # lists of at most n
     items = iter(items)
     while part := list(islice(items, n)): yield part
 
-def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer
-    replies = base([sample_of(r) for r in rows])
-    if len(replies) != len(rows): raise ValueError(f'{base!r} gave {len(replies)} replies to {len(rows)} rows; it must give one each, in order.')
+def _keep(rows:list, replies:list, said:Replies):
     for row, reply in zip(rows, replies):
-        if reply.kind == 'answer': said.add(row['key'], reply.text)
+        if reply and reply.kind == 'answer': said.add(row['key'], reply.text)
+
+def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer; what was said before a server refused is kept
+    try: replies = base([sample_of(r) for r in rows])
+    except Refused as e:
+        _keep(rows, e.replies, said)
+        raise
+    if len(replies) != len(rows): raise ValueError(f'{base!r} gave {len(replies)} replies to {len(rows)} rows; it must give one each, in order.')
+    _keep(rows, replies, said)
     return [r.detail for r in replies if r.kind != 'answer']
 
 # %% ../nbs/lib/35_builder.ipynb #02f32a42

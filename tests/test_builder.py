@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from builder_rows import BAD, Misbehaving, base, build_here, expected, good_row, write_source
 from clear_nb import bench, builder as bd
-from clear_nb.adapters import CallableAdapter, Reply
+from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
 from clear_nb.core import read_records
 from clear_nb.report import table8
 from clear_nb.reward import right
@@ -214,6 +214,18 @@ def test_base_without_a_reply(source, tmp_path, hasty):
         assert server.requests == []
         m = build(source, server.url, tmp_path/'b', bd.Recipe(n=4, share=1., spare=10., relative=True, drop_silent=True), Moody(base, 'base'))
     assert m['accounts']['no_reply'] > 0 and m['accounts']['examples'] == dict(sft=4, rl=4)
+
+
+def test_base_server_refuses(source, tmp_path, hasty):
+    """What the server of the base model said before it refused is kept; only the rest is asked when it takes requests again."""
+    small = bd.Recipe(n=4, share=1., spare=10., relative=True)
+    bd.select(bd.open_folder(source), tmp_path, small, progress=False)
+    with FakeServer(['yes']*5, default=Status(401)) as server:
+        def ask(): return bd.answer_all(ServerAdapter('m', server.url, workers=1), tmp_path, small, progress=False)
+        with pytest.raises(PermissionError, match='refused the key'): ask()
+        assert lines(tmp_path/'base.jsonl') == 5 and len(server.requests) == 6
+        server.default = 'no'
+        assert len(ask()) == 80 == len(server.requests) - 1
 
 
 def test_full_disk(built, source, tmp_path, start):
