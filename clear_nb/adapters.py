@@ -22,6 +22,7 @@ from .bench_files import Sample
 from .core import Clock, closest, file_hash, fill, torch_rng
 from .flow import Guidance
 from .generate import Noise, Sampling, generate
+from .images import plain
 from .model import ClearModel
 from .server import Refused, Server
 from .trajectory import Text
@@ -228,10 +229,13 @@ def __call__(self:HFAdapter, samples:list)->list: # Replies
 
 # %% ../nbs/lib/39_adapters.ipynb #39309ea7
 def _data_url(s:Sample)->str:
-    "The picture's file as a URL. Raises ValueError naming the row."
-    _picture(s)
-    kind = Image.MIME[Image.open(io.BytesIO(s.image)).format]
-    return f'data:{kind};base64,' + base64.b64encode(s.image).decode()
+    "The picture as a URL: its file where that is plain, else a PNG of what the other adapters see. Raises ValueError naming the row."
+    seen, data = _picture(s), s.image
+    with Image.open(io.BytesIO(data)) as img: kind = img.format if plain(img) else ''
+    if not kind:
+        seen.save(f := io.BytesIO(), kind := 'PNG')
+        data = f.getvalue()
+    return f'data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}'
 
 # %% ../nbs/lib/39_adapters.ipynb #2a109dd2
 _KEY = re.compile(r'api.?key|authori[sz]ation|secret|password|bearer|(access|auth).?token|(^|\.)(key|token)$', re.I)

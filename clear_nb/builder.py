@@ -35,7 +35,7 @@ from . import degrade as dg
 from .bench_files import Sample
 from .core import PATHS, Clock, atomic_path, disk_room, file_hash, fill, load_preset, read_settings, rng, write_record
 from .data import Example, Pool
-from .images import MAX_PIXELS, ResizeRule, image_tensor, open_image, resize
+from .images import MAX_PIXELS, ResizeRule, image_tensor, open_image, plain, resize
 from .judge import Replies
 from .reward import right
 from .scenes import Question
@@ -148,11 +148,10 @@ def read_picture(data:bytes, r:Recipe)->tuple: # (H, W, 3) uint8, bytes of a pla
     try:
         with Image.open(io.BytesIO(data)) as img:
             _check_size(*img.size, r)
-            plain = img.format in ('PNG', 'JPEG') and img.mode == 'RGB' and img.getexif().get(274, 1) == 1 and 'transparency' not in img.info
-            pixels = np.asarray(open_image(img))
+            whole, pixels = plain(img), np.asarray(open_image(img))
     except Unusable: raise
     except _UNREADABLE as e: raise Unusable('undecodable picture', f'{type(e).__name__}: {e}') from e
-    return pixels, data if plain else _png(pixels)
+    return pixels, data if whole else _png(pixels)
 
 # %% ../nbs/lib/35_builder.ipynb #43143c72
 def _sha(*parts)->str: # of bytes and texts

@@ -1,4 +1,5 @@
 """Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
+import io
 import json
 import logging
 import sys
@@ -8,6 +9,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_hf
 import torch
@@ -192,6 +194,28 @@ def test_server_gets_the_row():
     assert said.text == 'B' and json.loads(said.detail) == dict(finish='stop', model='m') and said.seconds > 0
     assert r.headers['authorization'] == f'Bearer {KEY}' and r.body['model'] == 'm' and r.body['temperature'] == 0 and r.text == prompt_of(jpeg, 'Letter.')
     assert r.images == [jpeg.image] and r.parts[0]['image_url']['url'].startswith('data:image/jpeg;base64,')
+
+
+def saved(kind, mode='RGB', **kw):
+    "A picture in a file of this kind."
+    Image.open(io.BytesIO(picture(0))).convert(mode).save(f := io.BytesIO(), kind, **kw)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize('kind, mode, turned, own', [('PNG', 'RGB', 1, True), ('JPEG', 'RGB', 1, True), ('JPEG', 'RGB', 6, False), ('PNG', 'RGB', 3, False), ('WEBP', 'RGB', 1, False), ('TGA', 'RGB', None, False),
+    ('PPM', 'RGB', None, False), ('MPO', 'RGB', 1, False), ('TIFF', 'RGB', 6, False), ('PNG', 'P', 1, False), ('PNG', 'RGBA', 1, False), ('JPEG', 'L', 1, False), ('JPEG', 'CMYK', 1, False)])
+def test_server_sees_what_the_others_see(kind, mode, turned, own):
+    "A plain file goes out as it is, anything else as an upright PNG of the same pixels."
+    exif = Image.Exif()
+    exif[274] = turned
+    more = {} if turned is None else dict(exif=exif) | (dict(save_all=True, append_images=[Image.new('RGB', (40, 30))]) if kind == 'MPO' else {})
+    row = replace(rows(1)[0], image=saved(kind, mode, **more))
+    with FakeServer(default='B') as server:
+        assert asks(server)([row])[0].text == 'B'
+        [r] = server.requests
+    sent = Image.open(io.BytesIO(r.images[0]))
+    assert (r.images[0] == row.image) == own and np.array_equal(np.asarray(sent), row.pixels()) and sent.getexif().get(274, 1) == 1
+    assert r.parts[0]['image_url']['url'].startswith(f'data:{Image.MIME[sent.format]};') and sent.format in ('PNG', 'JPEG')
 
 
 def test_server_failures_pass():
