@@ -132,6 +132,7 @@ def check_out(path:Path)->Path:
     if not path.parent.is_dir(): raise FileNotFoundError(f'cannot write {path}: there is no folder {path.parent}; make it first.')
     return path
 
+# %% ../nbs/lib/38_answer.ipynb #39b95d36
 def save_images(images:list, path:Path)->list: # paths; the second image gets -2 before the suffix
     "Write the restored images."
     paths = [path if i == 1 else path.with_stem(f'{path.stem}-{i}') for i in range(1, len(images) + 1)]

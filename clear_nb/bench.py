@@ -146,6 +146,7 @@ def _unfinish(out:Path, shard:tuple):
     for old in out.glob('finished-*.json'):
         if old == _finished(out, shard) or not old.stem.endswith(f'-of-{shard[1]}'): old.unlink(missing_ok=True)
 
+# %% ../nbs/lib/41_bench.ipynb #97381dda
 def _loop(adapter:Adapter, todo:Iterable, out:Path, batch:int, bar):
     "Ask and append. What a server said before it refused is kept."
     for part in _chunks(todo, batch):

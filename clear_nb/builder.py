@@ -383,6 +383,7 @@ def _keep(rows:list, replies:list, said:Replies):
     for row, reply in zip(rows, replies):
         if reply and reply.kind == 'answer': said.add(row['key'], reply.text)
 
+# %% ../nbs/lib/35_builder.ipynb #ce7341ca
 def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer; what was said before a server refused is kept
     try: replies = base([sample_of(r) for r in rows])
     except Refused as e:

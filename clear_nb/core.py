@@ -278,12 +278,9 @@ def read_settings(texts:list)->dict: # texts: NAME=VALUE
     out = {}
     for t in texts:
         name, eq, value = t.partition('=')
-        if not eq: raise ValueError(f'cannot read {t!r}: write NAME=VALUE.')
-        *path, last = name.split('.')
-        at = out
-        for part in path:
-            at = at.setdefault(part, {})
-            if not isinstance(at, dict): raise ValueError(f'cannot read {t!r}: {part} has another value already; leave one of the two out.')
+        at, (*path, last) = out, name.split('.')
+        for part in path: at = at.setdefault(part, {}) if isinstance(at, dict) else None
+        if not eq or not isinstance(at, dict): raise ValueError(f'cannot read {t!r}: write NAME=VALUE, and each name either with a value or with dots.')
         at[last] = read_value(value)
     return out
 
