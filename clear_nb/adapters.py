@@ -7,19 +7,22 @@ __all__ = ['REQUEST', 'KINDS', 'Reply', 'prompt_of', 'Adapter', 'response', 'Cle
            'CallableAdapter', 'open_adapter']
 
 # %% ../nbs/lib/39_adapters.ipynb #760e6dd0
-import base64, hashlib, importlib, io, json, os, sys
+import base64, hashlib, importlib, inspect, io, json, os, re, sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from fastcore.basics import patch
+from openai.resources.chat.completions import Completions
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from .answer import ask, check_room, cued, default_device, newest, open_model, sampling_of
 from .bench_files import Sample
-from .core import Clock, closest, file_hash, torch_rng
+from .core import Clock, closest, file_hash, fill, torch_rng
+from .flow import Guidance
 from .generate import Noise, Sampling, generate
+from .images import plain
 from .model import ClearModel
 from .server import Refused, Server
 from .trajectory import Text
@@ -124,7 +127,8 @@ class ClearAdapter(Adapter):
     def __init__(self, model=None, # folder, open model, or None: the newest stage of preset tiny
                  batch:int=16, instruction:str='', system:str='', # system: prompt before the picture
                  seed:int=0, device:str=None, # seed: of the noise that is denoised
-                 **sampling): # fields of `Sampling`
+                 **sampling): # fields of `Sampling`; guidance may be a dict
+        if not isinstance(guided := sampling.get('guidance'), Guidance | None): sampling['guidance'] = fill(Guidance, guided, 'guidance.')
         path = None if isinstance(model, ClearModel) else Path(model or newest())
         self.model, self.seed, self.system = open_model(path or model, device), seed, system
         self.sampling, name = sampling_of(self.model, **sampling), path.resolve().name if path else 'clear'
@@ -225,10 +229,26 @@ def __call__(self:HFAdapter, samples:list)->list: # Replies
 
 # %% ../nbs/lib/39_adapters.ipynb #39309ea7
 def _data_url(s:Sample)->str:
-    "The picture's file as a URL. Raises ValueError naming the row."
-    _picture(s)
-    kind = Image.MIME[Image.open(io.BytesIO(s.image)).format]
-    return f'data:{kind};base64,' + base64.b64encode(s.image).decode()
+    "The picture as a URL: its file where that is plain, else a PNG of what the other adapters see. Raises ValueError naming the row."
+    seen, data = _picture(s), s.image
+    with Image.open(io.BytesIO(data)) as img: kind = img.format if plain(img) else ''
+    if not kind:
+        seen.save(f := io.BytesIO(), kind := 'PNG')
+        data = f.getvalue()
+    return f'data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}'
+
+# %% ../nbs/lib/39_adapters.ipynb #2a109dd2
+_KEY = re.compile(r'api.?key|authori[sz]ation|secret|password|bearer|(access|auth).?token|(^|\.)(key|token)$', re.I)
+
+def _names(options:dict)->list: # of all settings, those of mappings behind a dot
+    return [n for k, v in options.items() for n in (k, *(f'{k}.{m}' for m in (_names(v) if isinstance(v, dict) else ())))]
+
+def _check_options(options:dict, key_env:str): # options: further fields of a request
+    "ValueError for a field that carries a key or is unknown to the client."
+    if found := [n for n in _names(options) if _KEY.search(n)]: raise ValueError(f'{found[-1]} would be written down: put the key into the environment variable {key_env}, or name another one with key_env=NAME.')
+    fields = {*inspect.signature(Completions.create).parameters} - {'self', 'messages', 'model', 'stream', 'stream_options'}
+    own = {*inspect.signature(ServerAdapter).parameters} - {'model', 'base_url', 'options'}
+    for n in options.keys() - fields: raise ValueError(f'a server has no setting {n!r}, {closest(n, fields | own)}; what only your server knows is written extra_body.{n}=VALUE.')
 
 # %% ../nbs/lib/39_adapters.ipynb #5be8b782
 class ServerAdapter(Adapter):
@@ -237,6 +257,7 @@ class ServerAdapter(Adapter):
                  batch:int=None, instruction:str='', workers:int=8, # batch: 4 per worker; workers: requests in flight
                  key_env:str='OPENAI_API_KEY', timeout:float=120., tries:int=8, rpm:float=None, # as in `Server`
                  max_new_tokens:int=512, **options): # options: further fields of the request
+        _check_options(options, key_env)
         self.server, self.workers = Server(model, base_url, key_env, timeout, tries, rpm), workers
         self.options = {k: v for k, v in {**dict(temperature=0, max_tokens=max_new_tokens), **options}.items() if v is not None}
         super().__init__(model, batch or 4*workers, instruction, base_url=self.server.url, options=self.options)
@@ -300,7 +321,7 @@ def _server(spec:str, **kw)->ServerAdapter: # spec: 'MODEL@URL'
 # %% ../nbs/lib/39_adapters.ipynb #f16d1065
 KINDS = dict(clear=ClearAdapter, hf=HFAdapter, server=_server, python=lambda spec, **kw: CallableAdapter(_function(spec), name=spec, **kw))
 
-def open_adapter(spec:str, # 'clear:PATH', 'hf:PATH', 'server:MODEL@URL' or 'python:module:function'
+def open_adapter(spec:str, /, # 'clear:PATH', 'hf:PATH', 'server:MODEL@URL' or 'python:module:function'
                  **kw # of the adapter: batch, instruction, …
                 )->Adapter:
     "Open what a text names. Raises ValueError or FileNotFoundError with one sentence."

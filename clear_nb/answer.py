@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'Answer', 'newest', 'default_device', 'open_model', 'preset
            'answer', 'check_out', 'save_images', 'run_command', 'command_line', 'main']
 
 # %% ../nbs/lib/38_answer.ipynb #545fa925
-import argparse, sys, warnings
+import argparse, io, sys, warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -126,10 +126,12 @@ def answer(image, # path, PIL image or uint8 array
 # %% ../nbs/lib/38_answer.ipynb #d761ddd8
 def check_out(path:Path)->Path:
     "Can an image be written here? Raises ValueError or FileNotFoundError."
-    if path.suffix.lower() not in Image.registered_extensions(): raise ValueError(f'cannot write {path}: unknown kind of image {path.suffix!r}; use .png or .jpg.')
+    try: Image.new('RGB', (8, 8)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower())) # some kinds can only be read
+    except (KeyError, ValueError, OSError): raise ValueError(f'cannot write {path}: unknown kind of image {path.suffix!r}; use .png or .jpg.') from None
     if not path.parent.is_dir(): raise FileNotFoundError(f'cannot write {path}: there is no folder {path.parent}; make it first.')
     return path
 
+# %% ../nbs/lib/38_answer.ipynb #39b95d36
 def save_images(images:list, path:Path)->list: # paths; the second image gets -2 before the suffix
     "Write the restored images."
     paths = [path if i == 1 else path.with_stem(f'{path.stem}-{i}') for i in range(1, len(images) + 1)]

@@ -9,6 +9,7 @@ __all__ = ['INPUTS', 'EARLY', 'THINK', 'CAPTION', 'SHOWN', 'PARTS', 'KILLERS', '
            'restoration_psnr']
 
 # %% ../nbs/lib/27_base.ipynb #0add0e10
+import os
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -196,7 +197,7 @@ def load_stage(preset:Preset, seed:int, stage:str, device:str=None)->ClearModel:
         if preset.name != 'smoke': raise
         print(f'smoke: no checkpoint of stage {stage!r}, starting from fresh weights')
         return new_model(preset, seed, 50).to(device or accelerator().device)
-    print(f'stage {stage!r} from {path.relative_to(ROOT)}')
+    print(f'stage {stage!r} from {os.path.relpath(path, ROOT)}')
     return ClearModel.from_pretrained(path, device or accelerator().device)
 
 # %% ../nbs/lib/27_base.ipynb #4e9c301e

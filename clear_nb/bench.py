@@ -20,14 +20,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 from . import answer, bench_files, builder, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
 from .bench_files import Reject, Sample
-from .core import atomic_path, versions
+from .core import atomic_path, read_settings, versions
 from .judge import LLMJudge
 from .report import Estimate, table8, to_markdown
 from .server import Refused
@@ -142,6 +141,12 @@ def _asked(adapter:Adapter, part:list)->list: # Replies
 # %% ../nbs/lib/41_bench.ipynb #e7879381
 def _finished(out:Path, shard:tuple)->Path: return out/f'finished-{shard[0]}-of-{shard[1]}.json'
 
+def _unfinish(out:Path, shard:tuple):
+    "Take back what this shard said, and what runs with another number of processes said."
+    for old in out.glob('finished-*.json'):
+        if old == _finished(out, shard) or not old.stem.endswith(f'-of-{shard[1]}'): old.unlink(missing_ok=True)
+
+# %% ../nbs/lib/41_bench.ipynb #97381dda
 def _loop(adapter:Adapter, todo:Iterable, out:Path, batch:int, bar):
     "Ask and append. What a server said before it refused is kept."
     for part in _chunks(todo, batch):
@@ -164,7 +169,7 @@ def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
     out, shard, count = Path(out), shard or _launched(), dict(rows=0, rejects=[])
     if not 0 <= shard[0] < shard[1]: raise ValueError(f'shard {shard[0]} of {shard[1]} does not exist; they are numbered from 0.')
     _settled(out, adapter, content)
-    _finished(out, shard).unlink(missing_ok=True)
+    _unfinish(out, shard)
     old = _replies(out).query("kind == 'answer'")
     todo = _todo(_wanted(_sound(samples, count['rejects']), severities, limit), dict(zip(zip(*(old[k] for k in KEY)), old.hash)), shard, count)
     with tqdm(todo, adapter.name, unit='rows', disable=not progress) as bar: _loop(adapter, todo, out, batch or adapter.batch, bar)
@@ -175,10 +180,9 @@ def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
 def _whole(out:Path)->dict: # rows: None while some shard has not finished
     "How many rows the whole run has, and which could not be used."
     told = {p.stem: _told_in(p, 'delete it and run its command again') for p in out.glob('finished-*.json')}
-    for n in {name.split('-')[-1] for name in told}:
-        names = [f'finished-{i}-of-{n}' for i in range(int(n))]
-        if all(name in told for name in names): return dict(rejects=[]) | max((told[name] for name in names), key=lambda t: t['rows'])
-    return dict(rows=None, rejects=[])
+    n = max((int(name.split('-')[-1]) for name in told), default=0)
+    whole = set(told) == {f'finished-{i}-of-{n}' for i in range(n)} and len({t['rows'] for t in told.values()}) == 1
+    return dict(rejects=[]) | told[f'finished-0-of-{n}'] if whole else dict(rows=None, rejects=[])
 
 # %% ../nbs/lib/41_bench.ipynb #673b81bd
 def collect(out:Path # folder of a run
@@ -428,13 +432,6 @@ def report_bench(folders, # folder of a run, or several
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     return write_report([read_results(f, judge, compat) for f in folders], out)
 
-# %% ../nbs/lib/41_bench.ipynb #60e6468b
-def _pairs(texts:list)->dict: # ['workers=16']
-    "Arguments of the adapter. Raises ValueError for a text without '='."
-    for t in texts:
-        if '=' not in t: raise ValueError(f'cannot read {t!r}: write NAME=VALUE, for example workers=16.')
-    return {k: yaml.safe_load(v) for k, _, v in (t.partition('=') for t in texts)}
-
 # %% ../nbs/lib/41_bench.ipynb #0c4387eb
 def _source(path:Path, severities)->tuple: # Samples and Rejects, what identifies them
     "Rows of a built benchmark, or of a file with tab-separated rows. Raises FileNotFoundError and what `bench_files` raises."
@@ -474,7 +471,8 @@ def _told_left(left:pd.DataFrame, most:int=20)->int: # exit status
 def _bench(args:argparse.Namespace)->int: # exit status
     "Run, collect, report; of several processes the one that finishes last reports."
     shard = _launched() # first: it decides the device
-    adapter = open_adapter(args.model, **{**_pairs(args.set), 'instruction': args.instruction, **({} if args.batch is None else {'batch': args.batch})})
+    given = {k: v for k, v in dict(instruction=args.instruction, batch=args.batch).items() if v is not None}
+    adapter = open_adapter(args.model, **read_settings(args.set) | given)
     samples, content = _sources(args.data, args.severity)
     run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, progress=shard[0] == 0)
     return 0 if _whole(args.out)['rows'] is None else _reported([args.out], args) # None: another shard is still at work
@@ -500,8 +498,8 @@ def _bench_options(kinds):
     a.add_argument('--out', type=Path, required=True, help='folder of this run; an earlier run in it is continued')
     a.add_argument('--batch', type=int, help='rows per call (default: what suits the model)')
     a.add_argument('--limit', type=int, help='questions per benchmark and severity (default: all)')
-    a.add_argument('--instruction', default='', help='a last line of every prompt, e.g. "Answer with the letter only."')
-    a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu')
+    a.add_argument('--instruction', help='a last line of every prompt, e.g. "Answer with the letter only." (default: none)')
+    a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu; a dot leads into a mapping, e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20')
     a.set_defaults(run=_bench)
     return a
 

@@ -31,9 +31,9 @@ from tqdm import tqdm
 import clear_nb
 from . import degrade as dg
 from .bench_files import Sample
-from .core import PATHS, Clock, atomic_path, disk_room, file_hash, load_preset, rng, write_record
+from .core import PATHS, Clock, atomic_path, disk_room, file_hash, fill, load_preset, read_settings, rng, write_record
 from .data import REMAKE, read_manifest
-from .images import MAX_PIXELS, open_image
+from .images import MAX_PIXELS, open_image, plain
 from .judge import Replies
 from .reward import right
 from .server import Declined, Refused, Server
@@ -145,11 +145,10 @@ def read_picture(data:bytes, r:Recipe)->tuple: # (H, W, 3) uint8, bytes of a pla
     try:
         with Image.open(io.BytesIO(data)) as img:
             _check_size(*img.size, r)
-            plain = img.format in ('PNG', 'JPEG') and img.mode == 'RGB' and img.getexif().get(274, 1) == 1 and 'transparency' not in img.info
-            pixels = np.asarray(open_image(img))
+            whole, pixels = plain(img), np.asarray(open_image(img))
     except Unusable: raise
     except _UNREADABLE as e: raise Unusable('undecodable picture', f'{type(e).__name__}: {e}') from e
-    return pixels, data if plain else _png(pixels)
+    return pixels, data if whole else _png(pixels)
 
 # %% ../nbs/lib/35_builder.ipynb #43143c72
 def _sha(*parts)->str: # of bytes and texts
@@ -377,11 +376,18 @@ def _chunks(items:Iterable, n:int)->Iterator: # lists of at most n
     items = iter(items)
     while part := list(islice(items, n)): yield part
 
-def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer
-    replies = base([sample_of(r) for r in rows])
-    if len(replies) != len(rows): raise ValueError(f'{base!r} gave {len(replies)} replies to {len(rows)} rows; it must give one each, in order.')
+def _keep(rows:list, replies:list, said:Replies):
     for row, reply in zip(rows, replies):
-        if reply.kind == 'answer': said.add(row['key'], reply.text)
+        if reply and reply.kind == 'answer': said.add(row['key'], reply.text)
+
+# %% ../nbs/lib/35_builder.ipynb #ce7341ca
+def _ask_base(base, rows:list, said:Replies)->list: # why some did not answer; what was said before a server refused is kept
+    try: replies = base([sample_of(r) for r in rows])
+    except Refused as e:
+        _keep(rows, e.replies, said)
+        raise
+    if len(replies) != len(rows): raise ValueError(f'{base!r} gave {len(replies)} replies to {len(rows)} rows; it must give one each, in order.')
+    _keep(rows, replies, said)
     return [r.detail for r in replies if r.kind != 'answer']
 
 # %% ../nbs/lib/35_builder.ipynb #02f32a42
@@ -785,13 +791,8 @@ def _told(m:dict)->list: # lines for people
 _RECIPE = {f.name: f for f in fields(Recipe)}
 
 def recipe_of(texts:list, **given)->Recipe: # texts: NAME=VALUE
-    "A recipe from the command line; ValueError for names that do not exist."
-    import yaml
-    for t in texts:
-        name, eq, value = t.partition('=')
-        if not eq or name not in _RECIPE: raise ValueError(f"cannot read {t!r}: write NAME=VALUE with one of {', '.join(_RECIPE)}")
-        given[name] = yaml.safe_load(value)
-    return Recipe(**given)
+    "A recipe from the command line; ValueError for names that do not exist and values of another type."
+    return fill(Recipe, given | read_settings(texts), '--set ')
 
 # %% ../nbs/lib/35_builder.ipynb #0f9f753e
 def _annotator(args)->Server|None:

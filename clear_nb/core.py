@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'PATHS', 'STAGE_MADE_BY', 'STAGE_PARAMETERS', 'find_root', 'rng', 'torch_rng', 'disk_room', 'atomic_path',
-           'Data', 'Base', 'Sft', 'Bridge', 'Grpo', 'Eval', 'Train', 'Preset', 'closest', 'preset_names', 'load_preset',
-           'stage_folder', 'find_stage', 'file_hash', 'git_state', 'versions', 'peak_memory', 'Clock', 'results_dir',
-           'record_name', 'make_record', 'write_record', 'read_records']
+           'Data', 'Base', 'Sft', 'Bridge', 'Grpo', 'Eval', 'Train', 'Preset', 'closest', 'fill', 'read_value',
+           'read_settings', 'preset_names', 'load_preset', 'stage_folder', 'find_stage', 'file_hash', 'git_state',
+           'versions', 'peak_memory', 'Clock', 'results_dir', 'record_name', 'make_record', 'write_record',
+           'read_records']
 
 # %% ../nbs/lib/00_core.ipynb #d95c8cbf
 import difflib, errno, hashlib, json, math, operator, os, platform, re, resource, secrets, shutil, subprocess, sys, time
@@ -17,7 +18,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import yaml
@@ -240,15 +241,16 @@ def _required(cls)->set[str]: # fields without a default
     return {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
 
 # %% ../nbs/lib/00_core.ipynb #eb66dcf0
-def _section(cls, # dataclass to fill
-             values, # mapping read from YAML
-             where:str # file and section, for errors
-            ):
+def fill(cls, # dataclass
+         values, # mapping read from YAML
+         where:str # file and section, for errors
+        ):
+    "A dataclass from a mapping. ValueError on an unknown, missing or wrongly typed key."
     hints, known, here = get_type_hints(cls), [f.name for f in fields(cls)], where.rstrip('.: ')
     if not isinstance(values, dict): raise ValueError(f'{here} must be a mapping of keys to values, got {values!r}')
     for key in values:
         if key not in known: raise ValueError(f'{here}: unknown key {key!r}, {closest(key, known)}')
-    out = {k: _section(hints[k], v, f'{where}{k}.') if is_dataclass(hints[k]) else _cast(v, hints[k], f'{where}{k}')
+    out = {k: fill(hints[k], v, f'{where}{k}.') if is_dataclass(hints[k]) else _cast(v, hints[k], f'{where}{k}')
            for k, v in values.items()}
     try: return cls(**out)
     except TypeError: raise ValueError(f'{here}: missing {sorted(_required(cls)-values.keys())}') from None
@@ -261,6 +263,25 @@ def _set(values:dict, key:str, value, where:str):
         if not isinstance(values.get(part), dict): raise ValueError(f'{where}: no section {part!r} for {key!r}, {closest(part, values)}')
         values = values[part]
     values[last] = value
+
+# %% ../nbs/lib/00_core.ipynb #2af9f624
+def read_value(text:str): # int, float, bool, None or the text
+    "The value of a setting."
+    loader = _Loader('')
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text)) if tag.rpartition(':')[2] in ('int', 'float', 'bool', 'null') else text
+
+# %% ../nbs/lib/00_core.ipynb #c191170f
+def read_settings(texts:list)->dict: # texts: NAME=VALUE
+    "Settings of a command line. ValueError for a text that is none."
+    out = {}
+    for t in texts:
+        name, eq, value = t.partition('=')
+        at, (*path, last) = out, name.split('.')
+        for part in path: at = at.setdefault(part, {}) if isinstance(at, dict) else None
+        if not eq or not isinstance(at, dict): raise ValueError(f'cannot read {t!r}: write NAME=VALUE, and each name either with a value or with dots.')
+        at[last] = read_value(value)
+    return out
 
 # %% ../nbs/lib/00_core.ipynb #788c406b
 def preset_names(folder:Path=PATHS.params # where the YAML files are
@@ -278,7 +299,7 @@ def load_preset(name:str, # 'smoke', 'tiny', … : the file params/<name>.yaml
     if name not in preset_names(folder): raise ValueError(f'no preset {name!r} in {path.parent.name}/: {closest(name, preset_names(folder))}')
     values = _read_yaml(path)
     for key, value in overrides.items(): _set(values, key, value, f'params/{name}.yaml')
-    return _section(Preset, {**values, 'name': name, 'overrides': overrides}, f'params/{name}.yaml: ')
+    return fill(Preset, {**values, 'name': name, 'overrides': overrides}, f'params/{name}.yaml: ')
 
 # %% ../nbs/lib/00_core.ipynb #1b1f368b
 STAGE_MADE_BY = dict(base='00_base', sft='01_sft', text_cot='01_sft', matched='01_sft', bridge='02_bridge', grpo='03_grpo') | {'grpo-dec': '03_grpo'}

@@ -145,11 +145,11 @@ def _silence(self:LLMJudge)->float:
 
 # %% ../nbs/lib/25_judge.ipynb #21e5b385
 @patch
-def _ask(self:LLMJudge, prompt:str)->str|Outage:
+def _ask(self:LLMJudge, prompt:str)->tuple|Outage: # text, is it whole?
     "Reply of the judge model, or an outage that outlasted the patience; raises Refused."
     begun, pause = time.monotonic(), 1.
     while True:
-        try: reply = self._server.ask(prompt, **self.request)[0]
+        try: text, about = self._server.ask(prompt, **self.request)
         except Declined as e: return Outage(str(e))
         except ConnectionError as e:
             if max(time.monotonic() - begun, self._silence()) >= self.patience: return Outage(str(e))
@@ -157,7 +157,7 @@ def _ask(self:LLMJudge, prompt:str)->str|Outage:
             time.sleep(pause); pause = min(60., 2*pause)
         else:
             self._since = None
-            return reply
+            return text, about.get('finish') != 'length' and text != ''
 
 # %% ../nbs/lib/25_judge.ipynb #bcb18333
 def _text(question)->str: return getattr(question, 'question', '') or question.prompt
@@ -167,14 +167,15 @@ def _text(question)->str: return getattr(question, 'question', '') or question.p
 def _judged(self:LLMJudge, task:Task, fields:dict, options:dict={}):
     "Outcome of one task; raises Refused."
     about = dict(model=self.model, task=task.name, version=task.version, **fields)
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(dict(about, request=self.request), sort_keys=True, default=str).encode()).hexdigest()
     with self._lock: turn = self._turns.setdefault(key, threading.Lock())
     with turn:
         reply = self._replies.get(key)
         if reply is None:
-            reply = self._ask(task.prompt(fields))
-            if isinstance(reply, Outage): return reply
-            self._replies.add(key, reply, **about)
+            told = self._ask(task.prompt(fields))
+            if isinstance(told, Outage): return told
+            reply, whole = told
+            if whole: self._replies.add(key, reply, **about)
     return task.read(reply.rpartition('</think>')[2], options)
 
 # %% ../nbs/lib/25_judge.ipynb #fae39d4b

@@ -9,7 +9,7 @@ __all__ = ['part_of', 'count_parameters', 'saved_bytes', 'layer_bytes', 'Tokens'
            'stage_table', 'bench_cost']
 
 # %% ../nbs/lib/46_scale.ipynb #b42b5cfc
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 import torch
 from .core import Preset
 from .images import ResizeRule

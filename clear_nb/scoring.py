@@ -105,9 +105,10 @@ def _mentioned(text:str, options:Mapping)->str|None:
 # %% ../nbs/lib/34_scoring.ipynb #2f9a091b
 DECLINES = tuple(r.lower() for r in REFUSALS) + ('i cannot answer', "i can't answer", 'unable to answer', 'unable to determine', 'cannot determine the answer')
 
-def declines(text:str)->bool:
+def declines(text:str, told=())->bool: # told: options or reference; a phrase that stands in one of them is no refusal
     "Does a reply refuse?"
-    return any(r in _plain(text).lower() for r in DECLINES)
+    text, told = _plain(text).lower(), [_plain(t).lower() for t in told]
+    return any(r in text and not any(r in t for t in told) for r in DECLINES)
 
 # %% ../nbs/lib/34_scoring.ipynb #8814ebc1
 def read_option(said:str, # an answer, see `answer_text`
@@ -118,7 +119,7 @@ def read_option(said:str, # an answer, see `answer_text`
     whole = [c for c, o in options.items() if matches(text, _plain(o))]
     certain = _alone(text, options) or (whole[0] if len(whole) == 1 else None) or _cued(text, options)
     if certain: return certain
-    return 'Z' if declines(text) else _standing(text, options) or _mentioned(text, options)
+    return 'Z' if declines(text, options.values()) else _standing(text, options) or _mentioned(text, options)
 
 # %% ../nbs/lib/34_scoring.ipynb #05cd404c
 def read_yesno(said:str)->str|None: # 'Yes', 'No' or None
@@ -187,7 +188,7 @@ def _compared(read:str|None, answer:str, rules:Rules)->Outcome:
 
 def _short(sample, text:str)->Outcome: # an open answer by the rule of the reward
     if not text: return Outcome('unparsable', 0., note='empty')
-    return Outcome('refused', 0., 'Z') if declines(text) else _graded(matches(text, sample.answer), text)
+    return Outcome('refused', 0., 'Z') if declines(text, [sample.answer]) else _graded(matches(text, sample.answer), text)
 
 # %% ../nbs/lib/34_scoring.ipynb #7cd024d9
 def _answer(sample, options:dict, rules:Rules)->str:

@@ -1,4 +1,5 @@
 """Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
+import io
 import json
 import logging
 import sys
@@ -8,6 +9,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_hf
 import torch
@@ -15,6 +17,7 @@ from bench_rows import picture
 from clear_nb.adapters import CallableAdapter, ClearAdapter, HFAdapter, Reply, ServerAdapter, _RowNoise, open_adapter, prompt_of, response
 from clear_nb.answer import ask, sampling_of
 from clear_nb.bench_files import Sample
+from clear_nb.flow import Guidance
 from clear_nb.generate import Noise, generate
 from clear_nb.server import Refused
 from fake_server import FAILURES, FakeServer, Status, hasty
@@ -96,6 +99,15 @@ def test_clear_from_a_folder(model, tmp_path):
     assert open_adapter(f'clear:{folder}', max_new=5, steps=3).settings == a.settings
     other = ClearAdapter(talker('adapters', 1).save_pretrained(tmp_path/'other'/'m'), device='cpu', max_new=5, steps=3)
     assert other.settings['weights'] != a.settings['weights'] and json.loads(json.dumps(a.settings))
+
+
+def test_clear_guidance(model):
+    "A mapping reaches the restoration as guidance; wrong names and values are told at once."
+    guided = ClearAdapter(model, max_new=5, steps=3, policy='always', guidance=dict(text=4, image=2))
+    assert guided.sampling.guidance == Guidance(4., 2.) and guided(rows(1))[0].kind == 'answer' and json.loads(json.dumps(guided.settings))['sampling']['guidance']['image'] == 2
+    assert ClearAdapter(model, guidance=Guidance(4., 2.)).sampling.guidance == guided.sampling.guidance and ClearAdapter(model, guidance=None).sampling.guidance is None
+    for wrong, why in ((dict(pictures=2), "unknown key 'pictures'"), (dict(text='a lot'), 'guidance.text must be float'), ('4', 'must be a mapping'), (4, 'must be a mapping')):
+        with pytest.raises(ValueError, match=why): ClearAdapter(model, guidance=wrong)
 
 
 def test_clear_outages(model):
@@ -184,6 +196,28 @@ def test_server_gets_the_row():
     assert r.images == [jpeg.image] and r.parts[0]['image_url']['url'].startswith('data:image/jpeg;base64,')
 
 
+def saved(kind, mode='RGB', **kw):
+    "A picture in a file of this kind."
+    Image.open(io.BytesIO(picture(0))).convert(mode).save(f := io.BytesIO(), kind, **kw)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize('kind, mode, turned, own', [('PNG', 'RGB', 1, True), ('JPEG', 'RGB', 1, True), ('JPEG', 'RGB', 6, False), ('PNG', 'RGB', 3, False), ('WEBP', 'RGB', 1, False), ('TGA', 'RGB', None, False),
+    ('PPM', 'RGB', None, False), ('MPO', 'RGB', 1, False), ('TIFF', 'RGB', 6, False), ('PNG', 'P', 1, False), ('PNG', 'RGBA', 1, False), ('JPEG', 'L', 1, False), ('JPEG', 'CMYK', 1, False)])
+def test_server_sees_what_the_others_see(kind, mode, turned, own):
+    "A plain file goes out as it is, anything else as an upright PNG of the same pixels."
+    exif = Image.Exif()
+    exif[274] = turned
+    more = {} if turned is None else dict(exif=exif) | (dict(save_all=True, append_images=[Image.new('RGB', (40, 30))]) if kind == 'MPO' else {})
+    row = replace(rows(1)[0], image=saved(kind, mode, **more))
+    with FakeServer(default='B') as server:
+        assert asks(server)([row])[0].text == 'B'
+        [r] = server.requests
+    sent = Image.open(io.BytesIO(r.images[0]))
+    assert (r.images[0] == row.image) == own and np.array_equal(np.asarray(sent), row.pixels()) and sent.getexif().get(274, 1) == 1
+    assert r.parts[0]['image_url']['url'].startswith(f'data:{Image.MIME[sent.format]};') and sent.format in ('PNG', 'JPEG')
+
+
 def test_server_failures_pass():
     "429, 500, a hang, a lost connection and nonsense, mixed: every row gets its own answer, once."
     samples, script = [replace(s, question=f'row {s.index}') for s in rows(16)], [x for f in FAILURES.values() for x in (f, lambda r: f'answer to {r.text}')]
@@ -239,16 +273,16 @@ def test_concurrency_and_rate():
 
 
 def test_key_never_leaks(caplog, capsys, monkeypatch):
-    "Not in texts, details, settings, repr, logs, tracebacks or messages, even when the server repeats it."
+    "Not in details, settings, repr, logs, tracebacks or messages, even when an error repeats it."
     caplog.set_level(logging.DEBUG)
     said = []
-    with FakeServer([f'your key is {KEY}', Status(500, KEY), Status(400, KEY)], default=Status(401, KEY)) as server:
+    with FakeServer(['B', Status(500, KEY), Status(400, KEY)], default=Status(401, KEY)) as server:
         adapter = asks(server, workers=1, tries=1)
         said += adapter(rows(3))
         try: adapter(rows(1))
         except Refused as e: said += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
     said += [repr(adapter), adapter.settings, vars(adapter), vars(adapter.server), caplog.text, *capsys.readouterr()]
-    assert said[0].text == 'your key is ***' and all(r.kind == 'outage' and '***' in r.detail for r in said[1:3])
+    assert said[0].text == 'B' and all(r.kind == 'outage' and '***' in r.detail for r in said[1:3])
     assert KEY not in ' '.join(map(str, said)) and len(said) > 8
     monkeypatch.setenv('OTHER_KEY', 'sk-\nInjected: x')
     with pytest.raises(ValueError, match='OTHER_KEY does not hold a key') as e: ServerAdapter('m', 'http://h/v1', key_env='OTHER_KEY')

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from clear_nb.answer import answer, ask, check_room, main, newest, sampling_of
+from clear_nb.answer import answer, ask, check_out, check_room, main, newest, sampling_of, save_images
 from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.generate import Noise, generate
 from clear_nb.model import export_bagel
@@ -128,6 +128,14 @@ def test_refusals(folder, photo, more, sentence, capsys):
     assert main(command(folder, photo, *more)) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count('\n') == 1 and said.err.startswith('clear-nb: ') and said.out == ''
+
+
+@pytest.mark.parametrize('suffix', sorted(Image.registered_extensions()))
+def test_kinds_that_can_only_be_read(suffix, tmp_path):
+    "A kind that is let through can be written; the others are refused before the model runs."
+    try: path = check_out(tmp_path/f'r{suffix}')
+    except ValueError as e: assert suffix not in ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.gif') and 'use .png or .jpg' in str(e)
+    else: assert suffix not in ('.psd', '.fli', '.cur', '.h5') and save_images([Image.fromarray(noise())], path)[0].stat().st_size
 
 
 def test_animation_is_said(folder, tmp_path, capsys):

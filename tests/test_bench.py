@@ -17,7 +17,7 @@ import tiny_hf
 from bench_rows import guess, picture, rows, slow
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, ServerAdapter
-from clear_nb.bench import _mine, accuracy_table, collect, main, read_results, report_bench, run_bench
+from clear_nb.bench import _mine, _whole, accuracy_table, collect, main, read_results, report_bench, run_bench
 from clear_nb.bench_files import Sample
 from clear_nb.core import ROOT, rng
 from clear_nb.scenes import benchmark
@@ -50,6 +50,26 @@ def test_shards(whole, tmp_path, n):
     for i in range(n): run_bench(CallableAdapter(guess), iter(rows()), tmp_path/'s', batch=4, shard=(i, n), progress=False)
     assert results(tmp_path/'s').equals(whole)
     assert all(len({next(i for i in range(n) if _mine(s, (i, n))) for s in rows() if s.group == g}) == 1 for g in '012')
+
+
+def test_only_this_run_is_finished(tmp_path):
+    "What another number of processes, or an earlier run with a limit, left behind finishes nothing."
+    def run(i, n, **kw): return run_bench(CallableAdapter(guess), rows(), tmp_path/'r', shard=(i, n), progress=False, **kw)
+    def heard(): return _whole(tmp_path/'r')['rows'], len(list((tmp_path/'r').glob('finished-*')))
+    run(0, 1, limit=1)
+    assert heard() == (8, 1)
+    run(0, 2, limit=1)
+    assert heard() == (None, 1)
+    run(1, 2, limit=1)
+    assert heard() == (8, 2)
+    run(0, 2)
+    assert heard() == (None, 2) # shard 1 has not begun
+    run(1, 2)
+    assert heard() == (24, 2)
+    (tmp_path/'r'/'finished-0-of-1.json').write_text('{"rows": 24}') # of a folder where nothing was cleared
+    assert heard() == (None, 3)
+    run(0, 1)
+    assert heard() == (24, 1)
 
 
 def test_batches(whole, tmp_path):
@@ -262,6 +282,25 @@ def test_command_refusals(data, tmp_path, more, sentence, capsys):
     assert main(command(data, tmp_path, *more)) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.startswith('clear-nb: ') and said.err.count('\n') == 1 and said.out == ''
+
+
+@pytest.mark.parametrize('setting, sentence', [('worker=16', "did you mean 'workers'"), ('api_key=sk-of-the-shell', 'environment variable OPENAI_API_KEY'), ('guidance=4', 'a server has no setting'),
+    ('extra_headers.Authorization=sk-of-the-shell', 'environment variable OPENAI_API_KEY'), ('spec=x', 'multiple values')])
+def test_command_settings_of_a_server(data, tmp_path, setting, sentence, capsys):
+    "What the server would not take stops the command before the folder is made; the corrected command runs."
+    with FakeServer(default='A') as server:
+        model = ['--model', f'server:m@{server.url}', '--limit', '1']
+        assert main(command(data, tmp_path, *model, '--set', setting)) == 2
+        said = capsys.readouterr().err
+        assert sentence in said and said.count('\n') == 1 and 'sk-of-the-shell' not in said and not (tmp_path/'run').exists() and not server.requests
+        assert main(command(data, tmp_path, *model, '--set', 'workers=2', 'extra_body.top_k=5')) == 0 and server.requests[0].body['top_k'] == 5
+
+
+def test_command_instruction(data, tmp_path):
+    "Either way to give it reaches the prompts, as the text that was written."
+    for k, (more, text) in enumerate({('--set', 'instruction=Role: a. #1'): 'Role: a. #1', ('--instruction', 'b', '--set', 'instruction=c'): 'b', (): ''}.items()):
+        assert main(command(data, tmp_path, '--limit', '1', '--out', str(tmp_path/str(k)), *more)) == 0
+        assert json.loads((tmp_path/str(k)/'run.json').read_text())['settings']['instruction'] == text
 
 
 def test_entry_point_knows_both(capsys):

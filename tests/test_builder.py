@@ -2,6 +2,7 @@
 import hashlib
 import json
 import multiprocessing
+import re
 import signal
 import time
 from collections import Counter
@@ -9,9 +10,10 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from builder_rows import BAD, Misbehaving, base, build_here, expected, good_row, write_source
 from clear_nb import bench, builder as bd
-from clear_nb.adapters import CallableAdapter, Reply
+from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
 from clear_nb.core import read_records
 from clear_nb.report import table8
 from clear_nb.reward import right
@@ -194,6 +196,12 @@ def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
     assert lines(tmp_path/'out'/'annotator.jsonl') == 0
 
 
+@pytest.mark.parametrize('setting, why', [('share=abc', "share must be float, got 'abc'"), ('n=1.5', 'n must be int'), ('spare=[1', 'spare must be float'), ('relative=1', 'relative must be bool'), ('shares=1', "did you mean 'share'")])
+def test_recipe_of_the_command_line(setting, why):
+    """Another type than that of the recipe, another name."""
+    with pytest.raises(ValueError, match=re.escape(why)): bd.recipe_of([setting])
+
+
 class Moody(CallableAdapter):
     """Gives no reply to some rows."""
     def __call__(self, samples): return [Reply(None, 'outage', 'too long') if '3)' in s.question else r for s, r in zip(samples, super().__call__(samples))]
@@ -207,6 +215,18 @@ def test_base_without_a_reply(source, tmp_path, hasty):
         assert server.requests == []
         m = build(source, server.url, tmp_path/'b', bd.Recipe(n=4, share=1., spare=10., relative=True, drop_silent=True), Moody(base, 'base'))
     assert m['accounts']['no_reply'] > 0 and m['accounts']['examples'] == dict(sft=4, rl=4)
+
+
+def test_base_server_refuses(source, tmp_path, hasty):
+    """What the server of the base model said before it refused is kept; only the rest is asked when it takes requests again."""
+    small = bd.Recipe(n=4, share=1., spare=10., relative=True)
+    bd.select(bd.open_folder(source), tmp_path, small, progress=False)
+    with FakeServer(['yes']*5, default=Status(401)) as server:
+        def ask(): return bd.answer_all(ServerAdapter('m', server.url, workers=1), tmp_path, small, progress=False)
+        with pytest.raises(PermissionError, match='refused the key'): ask()
+        assert lines(tmp_path/'base.jsonl') == 5 and len(server.requests) == 6
+        server.default = 'no'
+        assert len(ask()) == 80 == len(server.requests) - 1
 
 
 def test_full_disk(built, source, tmp_path, start):
@@ -257,18 +277,20 @@ def test_written_by_datasets(tmp_path):
     assert [c['id'] for c in bd._columns(path, ['id'])] == ['0', '2'] and bd.Found.of(path).rejects[0][1] == 'undecodable picture'
 
 
-def test_rows_train(built):
-    """A finished build feeds stages 1 and 3."""
-    from clear_nb.base import new_model
-    from clear_nb.core import load_preset
-    from clear_nb.grpo import train_grpo
-    from clear_nb.sft import train_sft
-    p = load_preset('smoke')
-    model = new_model(p, 0)
-    pool, ex = bd.open_training(built[0], 'sft', model)
-    history = train_sft(model, pool, ex, p, 0)
-    rl, _ = bd.open_training(built[0], 'rl', model)
-    assert np.isfinite([h['loss'] for h in history]).all() and len(train_grpo(model, rl, p, 0)) == p.grpo.steps
+def test_rows_train(built, tmp_path, monkeypatch):
+    """A finished build feeds all three stages, by the commands that run them at 7B."""
+    from clear_nb import bridge, grpo, sft
+    from clear_nb.core import PATHS, ROOT, load_preset
+    from clear_nb.data import open_training
+    from clear_nb.model import ClearModel
+    monkeypatch.setattr(PATHS, 'runs', tmp_path)
+    seen = []
+    monkeypatch.setattr(sft, 'open_training', lambda folder, part, model: seen.append((folder, part)) or open_training(folder, part, model))
+    monkeypatch.setattr(grpo, 'open_training', sft.open_training)
+    for stage in (sft, bridge, grpo): stage.main([str(ROOT/'params'/'smoke.yaml'), '--source', str(built[0])])
+    assert seen == [(str(built[0]), p) for p in ('sft', 'sft', 'rl')]
+    before, after = (ClearModel.from_pretrained(tmp_path/'smoke'/'seed0'/n) for n in ('sft', 'grpo'))
+    assert load_preset('smoke').grpo.steps and not torch.equal(before.vae2llm.weight, after.vae2llm.weight) and torch.isfinite(after.vae2llm.weight).all()
 
 
 def test_command(built, source, tmp_path, hasty, capsys):

@@ -237,3 +237,16 @@ def test_import_is_light():
 def test_make_record_is_json():
     """No value needs a special reader."""
     json.dumps(make_record('a', {'x': torch.tensor([1, 2]), 'y': ROOT}, load_preset('tiny'), 0), allow_nan=False)
+
+
+@pytest.mark.parametrize('text, value', [('16', 16), ('-1', -1), ('1e-4', 1e-4), ('0.5', .5), ('true', True), ('no', False), ('null', None), *((t, t) for t in (
+    'Role: assistant', 'Role: a. Then: b', 'use tag #1', '#1', '[1', '[1, 2]', '{a: 1}', '- x', '*x', '!x', '&x', '%', '@', '`', '"5"', '=', '<<', '2026-11-26', 'x\ty', 'a=b'))])
+def test_settings_of_a_command_line(text, value):
+    """Numbers, truth values and null; everything else is the text."""
+    got = core.read_settings([f'a={text}', f'b.c={text}'])
+    assert got == dict(a=value, b=dict(c=value)) and type(got['a']) is type(value)
+
+
+def test_settings_that_cannot_be_read():
+    for bad in (['a'], ['a=1', 'a.b=2']):
+        with pytest.raises(ValueError, match='cannot read'): core.read_settings(bad)

@@ -30,7 +30,7 @@ from clear_nb import bench, bench_files as bf, builder as bd, core, grpo, pipeli
 from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
 from clear_nb.core import ROOT, PATHS, find_stage, load_preset, read_records, write_record
-from clear_nb.data import labelled_items, pool
+from clear_nb.data import labelled_items, open_training, pool
 from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge, judge_many
 from clear_nb.model import ClearModel, export_bagel
@@ -557,7 +557,7 @@ def copied(s):
 def examples_cut(s):
     out, asked = copied(s)
     halve(out/'sft-00000.parquet')
-    yield stopped(ValueError, bd.open_training, out, 'sft', None)
+    yield stopped(ValueError, open_training, out, 'sft', None)
     (out/'manifest.json').unlink()
     goes_on_building(s, out, asked)
 

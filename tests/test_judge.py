@@ -98,12 +98,12 @@ def test_refused(code, word, tmp_path):
 
 
 def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
-    """Not in repr, record fields, errors, logs, output or cache, even when the server sends it back."""
+    """Not in repr, record fields, errors, logs, output or cache, even when an error repeats it."""
     monkeypatch.setenv('OPENAI_LOG', 'debug')
     caplog.set_level(logging.DEBUG)
     for name in ('openai', 'httpx', 'httpcore', 'httpx2', 'httpcore2'): caplog.set_level(logging.DEBUG, name)
     seen = []
-    with FakeServer(['0.5', KEY, Raw(KEY), Status(500, KEY), Status(500, KEY), Status(400, KEY), Status(401, KEY)]) as server:
+    with FakeServer(['0.5', 'hm', Raw(KEY), Status(500, KEY), Status(500, KEY), Status(400, KEY), Status(401, KEY)]) as server:
         judge = judge_of(server, tries=3, cache=tmp_path/'r.jsonl')
         seen += [judge(QUESTION, f'{k}') for k in range(4)]
         with pytest.raises(Refused) as e: judge(QUESTION, 'last')
@@ -112,6 +112,17 @@ def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
     seen += [r.getMessage() for r in caplog.records]
     assert [type(s).__name__ for s in seen[:4]] == ['Score', 'Unparsable', 'Outage', 'Outage'] and len(caplog.records) > 5
     assert not [s for s in map(str, seen) if KEY in s] and not [s for s in map(repr, seen) if KEY in s]
+
+
+@pytest.mark.parametrize('key, said', [('1', '1.0'), ('EMPTY', 'The sign says EMPTY'), (KEY, f'{KEY} is what I see')])
+def test_replies_stay_as_they_came(key, said, monkeypatch):
+    """Nothing is cut out of a reply; out of an error only what can be a key."""
+    monkeypatch.setenv('OPENAI_API_KEY', key)
+    with FakeServer([said, Status(400, said)]) as server:
+        s = Server('m', server.url, tries=1)
+        assert s.ask('?') == (said, dict(finish='stop', model='m'))
+        with pytest.raises(ConnectionError) as e: s.ask('?')
+        assert (said in str(e.value)) == (key != KEY) and KEY not in str(e.value)
 
 
 def test_key_variable(monkeypatch):
@@ -124,13 +135,32 @@ def test_key_variable(monkeypatch):
         with pytest.raises(Refused, match='NO_SUCH_KEY, which is not set'): judge_of(server, key_env='NO_SUCH_KEY')(QUESTION, 'a dog')
 
 
-@pytest.mark.parametrize('reply', ['I cannot judge this', '85', '-0.1', 'nan', '', '0.5 or 0.6', None])
+def finished(reply, finish): return Raw(json.dumps({'choices': [{'message': {'content': reply}, 'finish_reason': finish}]}))
+
+
+@pytest.mark.parametrize('reply', ['I cannot judge this', '85', '-0.1', 'nan', '0.5 or 0.6'])
 def test_unparsable_score(reply):
     """No number: unparsable with the reply's beginning, asked once."""
-    with FakeServer(default=Raw(json.dumps({'choices': [{'message': {'content': reply}, 'finish_reason': 'length'}]}))) as server:
+    with FakeServer(default=finished(reply, 'stop')) as server:
         judge = judge_of(server)
         got = judge(QUESTION, 'a dog')
-        assert isinstance(got, Unparsable) and (reply or '')[:20] in got.reason and judge(QUESTION, 'a dog') == got and len(server.requests) == 1
+        assert isinstance(got, Unparsable) and reply[:20] in got.reason and judge(QUESTION, 'a dog') == got and len(server.requests) == 1
+
+
+@pytest.mark.parametrize('reply, finish', [('The answer names', 'length'), ('', 'stop'), (None, 'length'), (None, 'content_filter')])
+def test_half_a_reply_is_not_kept(reply, finish, tmp_path):
+    """Empty or cut off: unparsable now, asked again later; a whole reply is kept."""
+    with FakeServer([finished(reply, finish)], default='1') as server:
+        assert isinstance(judge_of(server, cache=tmp_path/'r.jsonl')(QUESTION, 'a dog'), Unparsable) and not (tmp_path/'r.jsonl').exists()
+        for _ in range(2): assert judge_of(server, cache=tmp_path/'r.jsonl')(QUESTION, 'a dog') == Score(1.)
+        assert len(server.requests) == 2
+
+
+def test_settings_name_a_reply(tmp_path):
+    """Other settings of the request ask again; they are not written down, for a header may hold a secret."""
+    with FakeServer(default='1') as server:
+        for request in ({}, dict(max_tokens=99), dict(extra_headers={'X-Secret': 'open sesame'}), {}): judge_of(server, cache=tmp_path/'r.jsonl', request=request)(QUESTION, 'x')
+        assert len(server.requests) == 3 and 'sesame' not in (tmp_path/'r.jsonl').read_text()
 
 
 @pytest.mark.parametrize('reply, score', [('B', 1), ('b.', 1), ('(A)', 0), ('Z', 0), ('B. dog', 1), ('<think>A? no</think>\nB', 1)])

@@ -159,6 +159,16 @@ def test_our_reading_of_odd_options(options, said, letter):
     assert sc.read_option(said, options) == letter
 
 
+def test_an_option_is_no_refusal():
+    """A phrase of refusal that an option or the reference holds; any other phrase refuses as before."""
+    options = dict(A='Yes', B='No', C='Unable to Determine')
+    for said in ('C. Unable to determine', '(C) Unable to determine.', 'Unable to determine', 'I am unable to determine it', 'C'): assert sc.read_option(said, options) == 'C'
+    for said in ('I cannot answer, unable to determine', "I can't process this file."): assert sc.read_option(said, options) == 'Z'
+    assert sc.read_option('C. Unable to determine', dict(options, C='Blue')) == 'Z' and sc.read_option('A. Yes', options) == 'A'
+    frame = sc.score_rows([Sample('easy_vqa', str(k), '?', a) for k, a in enumerate(('unable to determine', 'red'))], ['Unable to determine.']*2)
+    assert frame.kind.tolist() == ['right', 'refused']
+
+
 def test_our_reading_of_the_world():
     """Of every multiple-choice question, every form of every option is read as that option."""
     seen = 0
