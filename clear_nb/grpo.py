@@ -23,6 +23,7 @@ from .base import load_stage
 from .core import Grpo, Preset, rng, stage_folder, torch_rng
 from .data import Pool, all_pairs, labelled_items, open_training, pool as make_pool, prompts
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
+from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
 from .train import accelerator, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, ready, totals
@@ -459,10 +460,12 @@ def rl_set(model:ClearModel, preset:Preset, seed:int, source='')->Pool: # source
 # %% ../nbs/lib/32_grpo.ipynb #d5cb34b6
 def main(argv:list=None):
     "Stage 3: accelerate launch -m clear_nb.grpo params/tiny.yaml --seed 0"
-    p, seed, source = command(argv, main.__doc__)
-    folder = stage_folder(p.name, seed, 'grpo')
+    p, seed, source, judge = command(argv, main.__doc__, dict(judge='MODEL@URL of a language model that scores answers, behind an OpenAI-compatible server (default: the rule)'))
+    folder, (name, _, url) = stage_folder(p.name, seed, 'grpo'), judge.partition('@')
+    who = LLMJudge(name, url or None, cache=folder.with_name('grpo_judge.jsonl'), patience=900.) if judge else RuleJudge()
     acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
-    train_grpo(model, rl_set(model, p, seed, source), p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16))
+    train_grpo(model, rl_set(model, p, seed, source), p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16),
+               judge=who, workers=8 if judge else 1)
     acc.end_training()
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from clear_nb import bench_files as bf, degrade as dg, scenes
-from clear_nb.core import rng
+from clear_nb.core import ROOT, rng
 from datasets import Dataset, Features, Image as Picture, List, Value
 from PIL import Image
 
@@ -412,3 +412,12 @@ def test_pixels_like_the_release():
         wanted = cv2.imdecode(np.frombuffer(data.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         got = bf.Sample('b', '1', 'q', 'a', data.getvalue()).pixels()
         assert got.shape == wanted.shape and abs(got.astype(int)-wanted).max() <= 1
+
+
+def test_two_processes_build_the_same_folder(tmp_path):
+    """Seeds side by side share their benchmarks: one builds, the other waits and finds it finished."""
+    code = "import sys; from clear_nb.mmd_bench import files; files('mmstar', 12, sys.argv[1])"
+    runs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=300)[1] for p in runs]
+    assert [p.returncode for p in runs] == [0, 0], said
+    assert not list(tmp_path.rglob('.*.tmp*'))

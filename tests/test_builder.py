@@ -287,7 +287,9 @@ def test_rows_train(built, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sft, 'open_training', lambda folder, part, model: seen.append((folder, part)) or open_training(folder, part, model))
     monkeypatch.setattr(grpo, 'open_training', sft.open_training)
-    for stage in (sft, bridge, grpo): stage.main([str(ROOT/'params'/'smoke.yaml'), '--source', str(built[0])])
+    monkeypatch.setattr(grpo, 'LLMJudge', lambda *a, **k: seen.append(a) or grpo.RuleJudge())
+    for stage in (sft, bridge, grpo): stage.main([str(ROOT/'params'/'smoke.yaml'), '--source', str(built[0]), *(['--judge', 'judge@http://localhost/v1'] if stage is grpo else [])])
+    assert seen.pop(2) == ('judge', 'http://localhost/v1')
     assert seen == [(str(built[0]), p) for p in ('sft', 'sft', 'rl')]
     before, after = (ClearModel.from_pretrained(tmp_path/'smoke'/'seed0'/n) for n in ('sft', 'grpo'))
     assert load_preset('smoke').grpo.steps and not torch.equal(before.vae2llm.weight, after.vae2llm.weight) and torch.isfinite(after.vae2llm.weight).all()

@@ -250,3 +250,19 @@ def test_settings_of_a_command_line(text, value):
 def test_settings_that_cannot_be_read():
     for bad in (['a'], ['a=1', 'a.b=2']):
         with pytest.raises(ValueError, match='cannot read'): core.read_settings(bad)
+
+
+def test_unfinished_records_are_not_read(tmp_path):
+    """A record that another process is writing, or that a killed one left, is none."""
+    path = write_record('01_sft', dict(a=1), load_preset('smoke'), 0, root=tmp_path)
+    (tmp_path/f'.{path.stem}.abc.tmp.json').write_text(path.read_text())
+    (tmp_path/f'.{path.stem}.abd.tmp.json').write_text('{')
+    assert len(read_records('smoke', root=tmp_path)) == 1
+
+
+def test_shipped_stages_are_those_of_one_seed(tmp_path, monkeypatch):
+    """The shipped base serves every seed; the trained stages that ship are seed 0's, and another seed does not borrow them."""
+    monkeypatch.setattr(core.PATHS, 'runs', tmp_path/'runs')
+    for stage in ('base', 'sft'): assert find_stage('tiny', 0, stage) == ROOT/'checkpoints'/'tiny'/stage
+    assert find_stage('tiny', 3, 'base') == ROOT/'checkpoints'/'tiny'/'base'
+    with pytest.raises(FileNotFoundError, match="'sft' for preset 'tiny', seed 3: run notebook 01_sft"): find_stage('tiny', 3, 'sft')

@@ -162,3 +162,21 @@ def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
     again, same = base.train_stage0(small, 0, tmp_path/'parts')
     assert same == histories and len(steps) == 4 and torch.equal(again.vae2llm.weight, model.vae2llm.weight)
     with pytest.raises(ValueError, match='another run .*delete it'): base.train_stage0(replace(small, base=replace(small.base, steps=3)), 0, tmp_path/'parts')
+
+
+@pytest.mark.parametrize('other', [dict(seed=1), dict(preset=dict(batch=3)), dict(weights=1)])
+def test_a_state_belongs_to_its_run(tmp_path, other):
+    """A stage that was killed does not go on with another seed, other numbers or from other weights."""
+    from clear_nb.data import all_pairs, assign, labelled_items, pool
+    from clear_nb.sft import train_sft
+    p, state = load_preset('smoke'), tmp_path/'sft_state.pt'
+    p = replace(p, sft=replace(p.sft, steps=3), train=replace(p.train, save_seconds=0.))
+    made = [base.new_model(p, k, 50) for k in (0, 1)]
+    toys = pool(made[0], labelled_items(0, 4, 2, 'sft'))
+    examples = assign(toys, all_pairs(toys), [True, False]*2, 0)
+    def killed(m, _): raise InterruptedError
+    go = lambda model, preset, seed, done=None: train_sft(copy.deepcopy(model), toys, examples, preset, seed, state=state, done=done)
+    with pytest.raises(InterruptedError): go(made[0], p, 0, killed)
+    changed = replace(p, sft=replace(p.sft, **other.get('preset', {})))
+    with pytest.raises(ValueError, match='another run .*delete them to start again'): go(made[other.get('weights', 0)], changed, other.get('seed', 0))
+    assert len(go(made[0], p, 0, lambda *a: None)) == 3

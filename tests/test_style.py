@@ -32,7 +32,7 @@ MAY_IMPORT = {
     'reward': ['trajectory'],
     'server': [],
     'judge': ['reward', 'server'],
-    'grpo': ['base', 'train', 'generate', 'reward', 'data'],
+    'grpo': ['base', 'judge', 'train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'],
     'builder': ['bench_files', 'data', 'images', 'judge', 'reward', 'server'],
     'scoring': ['reward', 'judge'],
