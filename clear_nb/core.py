@@ -302,8 +302,8 @@ def load_preset(name:str, # 'smoke', 'tiny', … : the file params/<name>.yaml
     return fill(Preset, {**values, 'name': name, 'overrides': overrides}, f'params/{name}.yaml: ')
 
 # %% ../nbs/lib/00_core.ipynb #1b1f368b
-STAGE_MADE_BY = dict(base='00_base', sft='01_sft', text_cot='01_sft', matched='01_sft', bridge='02_bridge', grpo='03_grpo') | {'grpo-dec': '03_grpo'}
-STAGE_PARAMETERS = {'grpo-dec': dict(mode='reencode', variant='dec')} # of the notebook, for stages that its defaults do not make
+STAGE_MADE_BY = dict(base='00_base', sft='01_sft', text_cot='01_sft', matched='01_sft', bridge='02_bridge', grpo='03_grpo') | {'grpo-dec': '03_grpo', 'grpo-matched': '03_grpo'}
+STAGE_PARAMETERS = {'grpo-dec': dict(mode='reencode', variant='dec'), 'grpo-matched': dict(start='matched', policy='never', variant='matched')} # of the notebook, for stages that its defaults do not make
 
 def stage_folder(preset:str, seed:int, stage:str)->Path: # stage: a key of STAGE_MADE_BY
     "Where a run puts the finished weights of a stage; the folder appears whole or not at all."

@@ -147,7 +147,7 @@ SUBJECTS = {s.name: s for s in (
     Subject('restored_base', 'base', first='classical', **_direct), Subject('self_restored_base', 'base', first='generator', **_direct),
     Subject('text_cot', 'text_cot', 'vit', policy='never'), Subject('matched', 'matched', policy='never'),
     Subject('clear_sft', 'sft', mode='both'), Subject('oracle_sft', 'sft', mode='both', policy='always', returns='clean', **_ends),
-    Subject('clear_bridge', 'bridge'), Subject('dec_rl', 'grpo-dec', mode='reencode'), Subject('clear_rl', 'grpo'),
+    Subject('clear_bridge', 'bridge'), Subject('dec_rl', 'grpo-dec', mode='reencode'), Subject('matched_rl', 'grpo-matched', policy='never'), Subject('clear_rl', 'grpo'),
     Subject('never', 'grpo', policy='direct', **_ends), Subject('always', 'grpo', policy='always', **_ends),
     Subject('oracle', 'grpo', policy='always', returns='clean', **_ends),
     Subject('substitute', 'grpo', returns='seen', **_ends), Subject('substitute_always', 'grpo', policy='always', returns='seen', **_ends))}

@@ -192,8 +192,8 @@ def steps(start:str='sft', # 'base' or 'sft'
          )->list[tuple[str, int|None, dict]]: # notebook, seed and parameters, in order
     "The notebooks of the chain in the order in which they run, each with its seed and its parameters."
     stages = [s for s in (STAGES if start == 'base' else STAGES[1:]) if full or s not in FULL]
-    extra = {STAGE_MADE_BY[n]: values for n, values in STAGE_PARAMETERS.items()} if full else {}
-    def of_stage(s, k): return [] if s in FULL and k != seeds[0] else [(s, k, FULL.get(s, {})), *([(s, k, extra[s])] if s in extra else [])]
+    def extra(s): return [values for n, values in STAGE_PARAMETERS.items() if STAGE_MADE_BY[n] == s] if full else []
+    def of_stage(s, k): return [] if s in FULL and k != seeds[0] else [(s, k, values) for values in (FULL.get(s, {}), *extra(s))]
     per_seed = [step for k in seeds for s in stages if s not in SUMMARY for step in of_stage(s, k)]
     return per_seed+[(s, None, {}) for s in stages if s in SUMMARY]
 

@@ -168,13 +168,13 @@ def only(records:list, benchmarks:Sequence)->list:
 
 # %% ../nbs/lib/40_report.ipynb #9c28dbd1
 MODELS = {'base': 'Bagel', 'base_both': None, 'text_cot': 'Text-only CoT', 'matched': None, 'clear_sft': 'CLEAR-SFT', 'clear_bridge': None, 'clear_rl': 'CLEAR-RL',
-          'never': None, 'always': None, 'oracle': None, 'restored_base': None, 'self_restored_base': None, 'oracle_sft': None, 'dec_rl': None,
+          'never': None, 'always': None, 'oracle': None, 'restored_base': None, 'self_restored_base': None, 'oracle_sft': None, 'dec_rl': None, 'matched_rl': None,
           'substitute': None, 'substitute_always': None} # our key to the paper's method
 
 LABELS = {'base': 'base model', 'base_both': 'base model, latent and ViT', 'text_cot': 'text-only CoT', 'matched': 'text-only CoT, same inputs as CLEAR',
           'clear_sft': 'CLEAR-SFT', 'clear_bridge': 'CLEAR-SFT + bridge', 'clear_rl': 'CLEAR-RL', 'never': 'CLEAR, never restores', 'always': 'CLEAR, always restores',
           'oracle': 'CLEAR, clean latent at the bridge', 'restored_base': 'base model after a classical filter', 'self_restored_base': 'base model after its own restoration',
-          'oracle_sft': 'CLEAR-SFT, clean latent', 'dec_rl': 'decode-reencode + GRPO', 'substitute': "CLEAR, degraded picture's latent at the bridge",
+          'oracle_sft': 'CLEAR-SFT, clean latent', 'dec_rl': 'decode-reencode + GRPO', 'matched_rl': 'text-only CoT, same inputs, + GRPO', 'substitute': "CLEAR, degraded picture's latent at the bridge",
           'substitute_always': "CLEAR, always, degraded picture's latent"}
 
 def _models(frame): return [m for m in MODELS if m in set(frame.model)]+[m for m in dict.fromkeys(frame.model) if m not in MODELS]
@@ -515,6 +515,7 @@ CLAIMS = [
     Claim('corruption costs the base model accuracy', 'correct', ('base', 'clean'), ('base', 'hard'), 7.29),
     _hard('CLEAR beats the base model', 'clear_rl', 'base', 5.39, 5.1), _hard('CLEAR beats the base model with the same inputs', 'clear_rl', 'base_both'),
     _hard('CLEAR beats text-only CoT', 'clear_rl', 'text_cot', 5.41), _hard('CLEAR beats text-only CoT with the same inputs', 'clear_rl', 'matched'),
+    _hard('CLEAR beats text-only CoT with the same inputs and GRPO', 'clear_rl', 'matched_rl'), _hard('CLEAR without GRPO beats text-only CoT with the same inputs and as many updates', 'clear_bridge', 'matched'),
     _hard('CLEAR beats itself made to answer right behind its first thought', 'clear_rl', 'never'),
     _hard('always restoring beats never restoring', 'always', 'never'), _hard('choosing when to restore beats always restoring', 'clear_rl', 'always'),
     _hard('a better generator would help (clean latent against own)', 'oracle', 'always'),
@@ -633,7 +634,7 @@ def findings(frame:pd.DataFrame, # from `scores_frame`
     return pd.DataFrame([*rows, *(_drop_finding(frame, *d) for d in DROPS)])
 
 # %% ../nbs/lib/40_report.ipynb #4dbf61f0
-QUOTED = ('clear_rl', 'base'), ('clear_rl', 'base_both'), ('clear_rl', 'matched'), ('clear_sft', 'base'), ('clear_rl', 'clear_sft'), ('clear_rl', 'dec_rl'), ('clear_rl', 'clear_bridge'), \
+QUOTED = ('clear_rl', 'base'), ('clear_rl', 'base_both'), ('clear_rl', 'matched'), ('clear_rl', 'matched_rl'), ('clear_bridge', 'matched'), ('clear_sft', 'base'), ('clear_rl', 'clear_sft'), ('clear_rl', 'dec_rl'), ('clear_rl', 'clear_bridge'), \
     ('base', 'text_cot'), ('clear_rl', 'substitute'), ('clear_rl', 'never'), ('clear_rl', 'always'), ('clear_rl', 'self_restored_base'), ('clear_rl', 'clear_rl') # pairs of models
 HEADLINES = [c.text for c in CLAIMS if (c.a[0], c.b[0]) in QUOTED and c.b[1] in ('clean', c.a[1])] + [text for _, text, *_ in DROPS]
 
@@ -774,7 +775,7 @@ def _loss_bars(ax, t:pd.DataFrame, colour, title:str)->None: # t: model, points,
 # %% ../nbs/lib/40_report.ipynb #f6c0065c
 def figure1(frame:pd.DataFrame, # from `scores_frame`
             paper:pd.DataFrame|None=None, # Figure 1 of the paper
-            models:Sequence=('base', 'base_both', 'text_cot', 'matched', 'clear_sft', 'clear_bridge', 'dec_rl', 'clear_rl'), scale:str='tiny' # label of our panel
+            models:Sequence=('base', 'base_both', 'text_cot', 'matched', 'matched_rl', 'clear_sft', 'clear_bridge', 'dec_rl', 'clear_rl'), scale:str='tiny' # label of our panel
            )->plt.Figure:
     "Loss from clean to hard per model with 95 % intervals, ours beside the paper's (other models, other pictures) with its CLEAR from Table 2."
     paper = (paper_table('clean_vs_degraded') if paper is None else paper).rename(columns=dict(drop_points='points', drop_percent='percent'))

@@ -204,8 +204,8 @@ def test_order(start, seeds):
 def test_full_order():
     """Variants follow their notebook and come before the evaluation; ablations only for the first seed, with all rows."""
     got = steps('sft', [3, 4], full=True)
-    dec = dict(mode='reencode', variant='dec')
-    first = [('01_sft', {}), ('02_bridge', {}), ('03_grpo', {}), ('03_grpo', dec), ('04_mmd_bench', {}), ('05_gallery', {}), ('05_perceptual', {}), ('06_ablations', dict(most=0))]
+    dec, control = dict(mode='reencode', variant='dec'), dict(start='matched', policy='never', variant='matched')
+    first = [('01_sft', {}), ('02_bridge', {}), ('03_grpo', {}), ('03_grpo', dec), ('03_grpo', control), ('04_mmd_bench', {}), ('05_gallery', {}), ('05_perceptual', {}), ('06_ablations', dict(most=0))]
     assert got == [(s, 3, p) for s, p in first]+[(s, 4, p) for s, p in first if s not in pipeline.FULL]+[('07_tables', None, {}), ('08_figures', None, {})]
 
 
