@@ -144,8 +144,8 @@ def test_a_changed_recipe_makes_stale(home, monkeypatch, tmp_path):
     """How this module trains counts too."""
     for p in PATHS.package.glob('*.py'): shutil.copy(p, tmp_path)
     path = tmp_path/'ablations.py'
-    assert path.read_text().count('p.sft.steps+p.bridge.steps') == 1
-    path.write_text(path.read_text().replace('p.sft.steps+p.bridge.steps', 'p.sft.steps'))
+    assert path.read_text().count("seed, 'matched', None") == 1
+    path.write_text(path.read_text().replace("seed, 'matched', None", "seed, 'text', None"))
     monkeypatch.setattr(PATHS, 'package', tmp_path)
     assert stale(home) == LABELS+RL
 
