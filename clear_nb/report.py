@@ -668,7 +668,8 @@ def figure_labels(table:pd.DataFrame, scale:str='tiny')->plt.Figure: # table: of
     x = dict(xscale='log', xlabel='labelled degraded questions')
     for ax, s in zip(axes, ('hard', 'clean')): _curve(ax, table, {label: f'{label}, {s} (ours, {scale})' for label in LABELLED.values()}, f'{s}, accuracy (%), {scale}', **x)
     _curve(axes[2], table, {v: f'{v} − control, hard (ours, {scale})' for k, v in LABELLED.items() if k != 'matched'}, 'gain over the control, hard (points)', **x)
-    axes[1].sharey(axes[0]); axes[2].axhline(0, color='grey', linewidth=.6)
+    axes[1].sharey(axes[0]); axes[0].autoscale(axis='y') # to the points of both
+    axes[2].axhline(0, color='grey', linewidth=.6)
     if axes[0].containers: axes[0].legend(fontsize=6, frameon=False)
     return fig
 

@@ -327,6 +327,13 @@ def test_label_figure():
     t = table_labels(labelled(100, dict(clear=.7, always=.7, matched=.3)), [100, 300], list(SETS), 'x')
     fig = figure_labels(t, 'x')
     assert [len(ax.containers) for ax in fig.axes] == [3, 3, 2] and fig.axes[0].containers[0].lines[0].get_xdata().tolist() == [100]
+    wide = labelled(100, dict(clear=.9, always=.2, matched=.3))
+    for r in wide: # far apart at clean and hard
+        for cells in r['metrics']['scores'].values():
+            for c in cells.values(): c['clean']['correct'] = '1'*100
+    for ax in figure_labels(table_labels(wide, [100], list(SETS), 'x'), 'x').axes:
+        low, high = ax.get_ylim()
+        assert all(low < y < high for c in ax.containers for y in c.lines[0].get_ydata())
     empty = figure_labels(table_labels([], [100], list(SETS), 'x'), 'x')
     assert [ax.texts[0].get_text() for ax in empty.axes] == ['unknown']*3
     plt.close('all')
