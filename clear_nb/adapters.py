@@ -125,15 +125,16 @@ def _weights_hash(model)->str:
 class ClearAdapter(Adapter):
     "Our model through `generate` (paper §3.1). Raises ValueError or FileNotFoundError for what cannot be opened."
     def __init__(self, model=None, # folder, open model, or None: the newest stage of preset tiny
-                 batch:int=16, instruction:str='', system:str='', # system: prompt before the picture
+                 batch:int=16, instruction:str='', system:str=None, # system: prompt before the picture; None: the model's own
                  seed:int=0, device:str=None, # seed: of the noise that is denoised
                  **sampling): # fields of `Sampling`; guidance may be a dict
         if not isinstance(guided := sampling.get('guidance'), Guidance | None): sampling['guidance'] = fill(Guidance, guided, 'guidance.')
         path = None if isinstance(model, ClearModel) else Path(model or newest())
-        self.model, self.seed, self.system = open_model(path or model, device), seed, system
+        self.model, self.seed = open_model(path or model, device), seed
+        self.system = self.model.cfg.system if system is None else system
         self.sampling, name = sampling_of(self.model, **sampling), path.resolve().name if path else 'clear'
         weights = file_hash(path) if path else _weights_hash(self.model)
-        super().__init__(name, batch, instruction, weights=weights, system=system, seed=seed, sampling=asdict(self.sampling))
+        super().__init__(name, batch, instruction, weights=weights, system=self.system, seed=seed, sampling=asdict(self.sampling))
 
 # %% ../nbs/lib/39_adapters.ipynb #039db5ba
 @patch

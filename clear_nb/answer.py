@@ -82,13 +82,14 @@ def cued(model:ClearModel, question:str)->str:
 
 @torch.no_grad()
 def ask(model:ClearModel, image, # path, PIL image or uint8 array
-        question:str, system:str='')->list:
+        question:str, system:str=None)->list: # system prompt; None: the model's own
     "Segments of the prompt (paper §3.1). Raises ValueError or FileNotFoundError for a question or image that cannot be used."
     if not isinstance(question, str) or not question.strip(): raise ValueError('the question is empty; ask something about the image.')
     if model.tokenizer is None: raise ValueError('the model has no tokenizer; open a folder with tokenizer.json.')
     seen = resize(open_image(image), ResizeRule(*model.cfg.vae_rule))
     z = model.vae.encode([image_tensor(seen).to(model.device)])[0].float().cpu()
     patches = image_tensor(resize(seen, ResizeRule(*model.cfg.vit_rule)))
+    system = model.cfg.system if system is None else system
     return [*([_words(model, system)] if system else []), Vae(z), Vit(patches), _words(model, cued(model, question.strip()))]
 
 # %% ../nbs/lib/38_answer.ipynb #540c567a
@@ -111,7 +112,7 @@ def answer(image, # path, PIL image or uint8 array
            question:str,
            model=None, # checkpoint folder or open model; None: the newest stage of preset tiny
            seed:int=0, # of the noise that is denoised
-           system:str='', # system prompt; the tiny model knows none
+           system:str=None, # system prompt; None: the one the model was trained with (the tiny model: none)
            device:str=None, # None: a GPU if there is one
            progress:bool=True, # bar while denoising
            **sampling # steps, policy, temperature, max_new, … : fields of `Sampling`
@@ -170,7 +171,7 @@ def command_line()->tuple: # ArgumentParser, what further commands are added to
     a.add_argument('--seed', type=int, default=0, help='of the noise that is denoised (default: 0)')
     a.add_argument('--steps', type=int, help='grid points of the denoising (default: that of the preset)')
     a.add_argument('--policy', choices=POLICIES, default='adaptive', help='who decides on restoring: adaptive is the model itself')
-    a.add_argument('--system', default='', help='system prompt (default: none)')
+    a.add_argument('--system', help='system prompt (default: the one the model was trained with)')
     a.add_argument('--device', help='cpu, cuda, … (default: cuda if there is one)')
     a.set_defaults(run=_run)
     return p, kinds

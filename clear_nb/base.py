@@ -198,7 +198,8 @@ def load_stage(preset:Preset, seed:int, stage:str, device:str=None)->ClearModel:
         print(f'smoke: no checkpoint of stage {stage!r}, starting from fresh weights')
         return new_model(preset, seed, 50).to(device or accelerator().device)
     print(f'stage {stage!r} from {os.path.relpath(path, ROOT)}')
-    return ClearModel.from_pretrained(path, device or accelerator().device)
+    told = {'system': preset.model.get('system', '')} if stage == 'base' else {} # a published base knows none
+    return ClearModel.from_pretrained(path, device or accelerator().device, **told)
 
 # %% ../nbs/lib/27_base.ipynb #4e9c301e
 @torch.no_grad()

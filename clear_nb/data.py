@@ -6,8 +6,8 @@
 __all__ = ['CONTROL', 'STRENGTH', 'DIAGNOSIS', 'ENOUGH', 'UNCLEAR', 'RESTORED', 'EVIDENCE', 'PARTS', 'CACHED', 'REMAKE',
            'train_tokenizer', 'ids', 'ask_ids', 'evidence', 'thought', 'write_trace', 'Item', 'scene_items',
            'easy_items', 'spoil', 'labelled_items', 'Pool', 'Lazy', 'as_read', 'lazy_pool', 'encode', 'pool', 'context',
-           'prompts', 'all_pairs', 'own_restorations', 'own_pixels', 'answers', 'Example', 'assign', 'read_manifest',
-           'Stored', 'open_training']
+           'opening', 'prompts', 'all_pairs', 'own_restorations', 'own_pixels', 'answers', 'Example', 'assign',
+           'read_manifest', 'Stored', 'open_training']
 
 # %% ../nbs/lib/24_data.ipynb #96f5765f
 import io, json
@@ -133,7 +133,7 @@ class Pool:
     items: list
     clean: Tensor; seen: Tensor # (n, 3, H, W) uint8
     clean_z: Tensor; seen_z: Tensor # (n, z, h, w)
-    cue: str = ClearConfig.cue # of the model
+    cue: str = ClearConfig.cue; system: str = '' # of the model
 
     def __len__(self): return len(self.items)
     def image(self, kind, i): return getattr(self, kind)[i].float()/127.5 - 1 # (3, H, W) in [-1, 1]
@@ -171,7 +171,7 @@ def _views(model:ClearModel, items:list)->dict: # functions of an index
 # %% ../nbs/lib/24_data.ipynb #e6073a1a
 def lazy_pool(model:ClearModel, items:list, keep:int=4096)->Pool: # keep: pictures and latents held in memory, of each kind
     "A pool that reads, resizes and encodes a picture when it is asked for."
-    return Pool(items, **{name: Lazy(len(items), make, keep) for name, make in _views(model, items).items()}, cue=model.cfg.cue)
+    return Pool(items, **{name: Lazy(len(items), make, keep) for name, make in _views(model, items).items()}, cue=model.cfg.cue, system=model.cfg.system)
 
 # %% ../nbs/lib/24_data.ipynb #c49439f9
 @torch.no_grad()
@@ -189,7 +189,7 @@ def pool(model:ClearModel, items:list, progress:str='')->Pool:
     clean, seen = stack('clean'), stack('seen')
     clean_z = encode(model, clean, progress=progress)
     same = all(i.seen is i.clean for i in items)
-    return Pool(items, clean, seen, clean_z, clean_z if same else encode(model, seen, progress=progress), model.cfg.cue)
+    return Pool(items, clean, seen, clean_z, clean_z if same else encode(model, seen, progress=progress), model.cfg.cue, model.cfg.system)
 
 # %% ../nbs/lib/24_data.ipynb #85a5cf67
 def context(pool:Pool, i:int, inputs:str='both', kind:str='seen')->list:
@@ -199,9 +199,14 @@ def context(pool:Pool, i:int, inputs:str='both', kind:str='seen')->list:
     return [z, Vit(pool.image(kind, i)) if inputs != 'vae' else Gap()]
 
 # %% ../nbs/lib/24_data.ipynb #9faf3779
+def opening(tok, pool:Pool)->list: # no segment or one
+    "What a model is told before it sees the picture (paper §3.1)."
+    return [Text(ids(tok, pool.system))] if pool.system else []
+
 def prompts(tok, pool:Pool, pairs:list, inputs:str='both', think:bool=True)->list:
     "Contexts with a question, one per (picture, question) pair."
-    return [[*context(pool, i, inputs), Text(ask_ids(tok, pool.items[i].questions[j], think, pool.cue))] for i, j in pairs]
+    first = opening(tok, pool) if think else []
+    return [[*first, *context(pool, i, inputs), Text(ask_ids(tok, pool.items[i].questions[j], think, pool.cue))] for i, j in pairs]
 
 def all_pairs(pool:Pool)->list:
     "Every (picture, question) of a pool."

@@ -227,7 +227,7 @@ def _pool(model:ClearModel, rows:list, subject:Subject, ev:Eval, seed:int=0, mem
     clean, seen = (torch.from_numpy(np.stack([getattr(i, k) for i in items])).permute(0, 3, 1, 2).contiguous() for k in ('clean', 'seen'))
     none = torch.zeros(0)
     p = Pool(items, clean, seen, _latents(model, clean, memo) if subject.returns == 'clean' else none,
-             _latents(model, seen, memo) if subject.inputs != 'vit' else none, model.cfg.cue)
+             _latents(model, seen, memo) if subject.inputs != 'vit' else none, model.cfg.cue, model.cfg.system)
     if not subject.first: return p, pairs
     seen = FIRST[subject.first](model, p, ev, seed)
     return replace(p, seen=seen, seen_z=encode(model, seen)), pairs

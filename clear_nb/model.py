@@ -44,6 +44,7 @@ class ClearConfig:
     vit_rule: tuple = (518, 224, 14)
     text_ids: int = None # ids with text logits: the first ones; None: all of the vocabulary
     cue: str = 'think first' # what stands behind a question that wants a thought; published models know none
+    system: str = '' # system prompt before the picture, where a thought is wanted (paper §3.1)
 
 # %% ../nbs/lib/20_model.ipynb #336e6da8
 def _build(cls, d:dict):

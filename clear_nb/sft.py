@@ -13,7 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
 from .core import Preset, rng, stage_folder, torch_rng
-from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, open_training, own_pixels, own_restorations, pool, write_trace
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, open_training, opening, own_pixels, own_restorations, pool, write_trace
 from .flow import sample_time
 from .model import ClearModel, freeze
 from .reward import RuleJudge
@@ -69,7 +69,7 @@ def example_segments(tok, p:Pool, e:Example, g:np.random.Generator, t:torch.Gene
 def sft_row(tok, p:Pool, group:list, g:np.random.Generator, t:torch.Generator, cfg, # cfg: core.Sft
             inputs:str='both', own:dict=None, share:float=0., reencode:bool=True, shown:dict=None)->list: # shown: of `own_pixels`
     "One picture with several of its examples as branches, conditions dropped at random"
-    out = context(p, group[0].image, inputs)
+    out = opening(tok, p) + context(p, group[0].image, inputs)
     for b, e in enumerate(group, 1):
         k = g.integers(len(own[e.image])) if own and g.random() < share else None
         z, image = (None if k is None or not d else d[e.image][k] for d in (own, shown))

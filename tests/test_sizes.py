@@ -8,15 +8,15 @@ from PIL import Image
 
 from clear_nb import mmd_bench as mb
 from clear_nb.answer import ask, check_room, sampling_of
-from clear_nb.base import new_model
+from clear_nb.base import load_stage, new_model
 from clear_nb.bridge import train_bridge
-from clear_nb.core import load_preset, torch_rng
-from clear_nb.data import all_pairs, assign, labelled_items, own_pixels, own_restorations, pool
+from clear_nb.core import load_preset, rng, torch_rng
+from clear_nb.data import all_pairs, assign, labelled_items, own_pixels, own_restorations, pool, prompts
 from clear_nb.generate import Noise, Sampling, generate, reread, vit_sides
 from clear_nb.grpo import train_grpo
-from clear_nb.model import ClearModel, init_weights
-from clear_nb.sft import train_sft
-from clear_nb.trajectory import MARKER, Gap, Vae, Vit, pack
+from clear_nb.model import ClearModel, export_bagel, init_weights
+from clear_nb.sft import sft_row, train_sft
+from clear_nb.trajectory import MARKER, Gap, Text, Vae, Vit, pack
 from clear_nb.train import accelerator
 
 SMOKE = load_preset('smoke')
@@ -114,3 +114,24 @@ def test_cue(model):
     bare, told = model.cfg, replace(model.cfg, cue='think first')
     said = lambda cfg: model.tokenizer.decode(ask(init_weights(ClearModel(cfg, model.tokenizer), torch_rng('cue')), np.zeros((64, 64, 3), np.uint8), 'what is it')[-1].ids).strip()
     assert [said(c) for c in (bare, told)] == ['what is it', 'what is it think first']
+
+
+def test_system_prompt(model, mixed):
+    """The system prompt stands before the picture in training, in later questions and in stage 3; a direct answer goes without."""
+    told = init_weights(ClearModel(replace(model.cfg, system='look twice'), model.tokenizer), torch_rng('sizes'))
+    said = lambda segments: [told.tokenizer.decode(s.ids).strip() for s in segments if isinstance(s, Text)]
+    p = pool(told, mixed.items)
+    row = sft_row(told.tokenizer, p, assign(p, [(0, 0), (0, 1)], [True, False], 0), rng('system'), torch_rng('system'), replace(SMOKE.sft, drop_text=0.))
+    plain, (direct,) = prompts(told.tokenizer, p, [(0, 0)])[0], prompts(told.tokenizer, p, [(0, 0)], think=False)
+    asked = ask(told, mixed.items[0].seen, 'what is it')
+    assert said(row)[0] == said(plain)[0] == said(asked)[0] == 'look twice' and isinstance(row[1], (Vae, Gap))
+    assert said(direct) == said(plain)[1:] and said(ask(told, mixed.items[0].seen, 'what is it', '')) == ['what is it']
+
+
+def test_a_published_base_gets_the_presets_system_prompt(model, tmp_path, monkeypatch):
+    """Stage 1 gives it the prompt; later stages keep what their folder says."""
+    folder = export_bagel(model, tmp_path/'base')
+    monkeypatch.setattr('clear_nb.base.find_stage', lambda *_: folder)
+    p = replace(SMOKE, model=dict(SMOKE.model, system='look twice'))
+    opened = {s: load_stage(p, 0, s).cfg.system for s in ('base', 'sft')}
+    assert opened == dict(base='look twice', sft='')
