@@ -208,12 +208,13 @@ def _run_seed(seed:int, arguments:list, preset:str)->None: # in a process of its
 
 # %% ../nbs/lib/42_pipeline.ipynb #2c6c8a24
 def run_seeds(preset:str, start:str, seeds, force:bool, full:bool, jobs:int)->None: # jobs: processes
-    "Everything but the summaries, seeds side by side; NotebookFailed naming the first seed that failed."
+    "Everything but the summaries, seeds side by side; NotebookFailed naming the first that failed; after that, or Ctrl-C, no other starts."
     arguments = ['--preset', preset, '--from', start, *(['--force'] if force else []), *(['--all'] if full else []), '--seed', *map(str, seeds)]
     with ThreadPoolExecutor(jobs) as workers:
         running = [workers.submit(_run_seed, k, arguments, preset) for k in seeds]
-        for r in as_completed(running):
-            if r.exception(): workers.shutdown(wait=False, cancel_futures=True); raise r.exception()
+        try:
+            for r in as_completed(running): r.result()
+        finally: workers.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/lib/42_pipeline.ipynb #daea79e8
 def run_steps(todo:list, preset:str, force:bool=False)->None: # todo: of `steps`
@@ -285,6 +286,9 @@ def main(argv=None)->int: # exit status
     except (ValueError, OSError, RuntimeError) as e:
         print(f'\n{e}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print('\ninterrupted; the same command goes on after the last finished step', file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/lib/42_pipeline.ipynb #ecdaf678

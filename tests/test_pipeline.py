@@ -243,6 +243,21 @@ def test_seeds_side_by_side(house, monkeypatch):
     assert len(calls) < 8
 
 
+def test_interrupt(house, monkeypatch, capsys):
+    """Ctrl-C ends the whole chain: seeds that wait do not start, and the message says how to go on."""
+    calls = []
+    def process(command, **kw):
+        calls.append(command[-1])
+        time.sleep(0.2)
+        return subprocess.CompletedProcess(command, -signal.SIGINT)
+    def wait(running): raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline.subprocess, 'run', process)
+    monkeypatch.setattr(pipeline, 'as_completed', wait)
+    assert main(['--preset', 'smoke', '--all', '--jobs', '2', '--seed', *map(str, range(8))]) == 130
+    assert len(calls) <= 2
+    assert 'goes on after the last finished step' in capsys.readouterr().err
+
+
 def test_command_line(capsys):
     """A mistake is one sentence and status 1; an unknown option is argparse's own error."""
     assert main(['--preset', 'tinny']) == 1
