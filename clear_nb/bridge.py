@@ -37,7 +37,8 @@ def main(argv:list=None):
     "Stage 2: accelerate launch -m clear_nb.bridge params/tiny.yaml --seed 0"
     p, seed, source = command(argv, main.__doc__)
     acc, model, folder = accelerator(), load_stage(p, seed, 'sft'), stage_folder(p.name, seed, 'bridge')
-    labelled, examples, _ = training_set(model, load_stage(p, seed, 'base'), p, seed, source, acc)
+    base = None if source else load_stage(p, seed, 'base') # a folder brings its pathways
+    labelled, examples, _ = training_set(model, base, p, seed, source, acc)
     with acc.autocast(): own = restored_by(model, labelled, examples, p, seed)
     train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'),
                  lambda m, _: m.save_pretrained(folder, torch.float16))

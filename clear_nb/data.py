@@ -10,7 +10,7 @@ __all__ = ['CONTROL', 'STRENGTH', 'DIAGNOSIS', 'ENOUGH', 'UNCLEAR', 'RESTORED', 
            'read_manifest', 'Stored', 'open_training']
 
 # %% ../nbs/lib/24_data.ipynb #96f5765f
-import io, json
+import copy, io, json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -154,18 +154,19 @@ def as_read(model:ClearModel, size:tuple)->bool: # size: (H, W)
     "Do the model's rules leave pictures of this size as they are?"
     h, w = size
     same = all(ResizeRule(*rule).size(w, h) == (w, h) for rule in (model.cfg.vae_rule, model.cfg.vit_rule))
-    return same and vit_sides(model, (w, h)) == [w, h]
+    return same and vit_sides(model.cfg, (w, h)) == [w, h]
 
 # %% ../nbs/lib/24_data.ipynb #646f730d
 def _views(model:ClearModel, items:list)->dict: # functions of an index
-    vae, vit = ResizeRule(*model.cfg.vae_rule), ResizeRule(*model.cfg.vit_rule)
+    vae, vit, sides = ResizeRule(*model.cfg.vae_rule), ResizeRule(*model.cfg.vit_rule), partial(vit_sides, model.cfg)
+    encoder, device = copy.deepcopy(model.vae), model.device # its own: FSDP takes the model's apart, and only one process may ask
     pixels = lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1) # (3, H, W) uint8
     def brought(i, kind): return resize(Image.fromarray(getattr(items[i], kind)), vae)
     def grid(i): # one ViT patch for each latent token
         picture = brought(i, 'clean')
-        return pixels(picture.resize(vit_sides(model, picture.size), Image.Resampling.BICUBIC))
+        return pixels(picture.resize(sides(picture.size), Image.Resampling.BICUBIC))
     @torch.no_grad()
-    def latent(i, kind): return model.vae.encode([image_tensor(brought(i, kind)).to(model.device)])[0].float().cpu()
+    def latent(i, kind): return encoder.encode([image_tensor(brought(i, kind)).to(device)])[0].float().cpu()
     return dict(clean=grid, seen=lambda i: pixels(resize(brought(i, 'seen'), vit)), clean_z=partial(latent, kind='clean'), seen_z=partial(latent, kind='seen'))
 
 # %% ../nbs/lib/24_data.ipynb #e6073a1a

@@ -20,7 +20,7 @@ from . import flow
 from .core import torch_rng
 from .flow import Guidance
 from .images import image_tensor
-from .model import ClearModel, Hidden, cache_layout
+from .model import ClearConfig, ClearModel, Hidden, cache_layout
 from .mot import CAUSAL, KVCache, Layout, Route, select
 from .trajectory import MARKER, Gap, Packed, Parsed, Text, Vae, Vit, pack, parse, to, tokens_of
 from .vae import patchify, unpatchify
@@ -365,15 +365,15 @@ def decode_pixels(model:ClearModel, latents): # (R, z, h, w), or a list of laten
     return [eight(x) for x in model.vae.decode([z.to(model.device) for z in latents])]
 
 # %% ../nbs/lib/22_generate.ipynb #2986be54
-def vit_sides(model:ClearModel, sides)->list: # pixels of a decoded picture -> pixels the ViT reads
+def vit_sides(cfg:ClearConfig, sides)->list: # pixels of a decoded picture -> pixels the ViT reads
     "Sides with one ViT patch for each latent token."
-    return [n*model.cfg.vit.patch//(model.cfg.vae.down*model.cfg.latent_patch) for n in sides]
+    return [n*cfg.vit.patch//(cfg.vae.down*cfg.latent_patch) for n in sides]
 
 # %% ../nbs/lib/22_generate.ipynb #e4b17245
 def reread(model:ClearModel, latents)->list: # as in `decode_pixels` -> tensors (3, H', W') in [-1, 1]
     "Decoded pictures in the size the ViT reads."
     def fit(x):
-        h, w = vit_sides(model, x.shape[-2:])
+        h, w = vit_sides(model.cfg, x.shape[-2:])
         if (h, w) == tuple(x.shape[-2:]): return x
         eight = Image.fromarray(((x + 1)*127.5).round().byte().permute(1, 2, 0).cpu().numpy())
         return image_tensor(eight.resize((w, h), Image.Resampling.BICUBIC)).to(x)
@@ -439,7 +439,7 @@ def rules(model:ClearModel, policy:str, first:bool)->dict: # first: is it the fi
 # %% ../nbs/lib/22_generate.ipynb #77766e4c
 def _back(model:ClearModel, zs:tuple, mode:str)->list: # zs: (z, h, w)
     "Segments of a returned picture, with blank values."
-    sides = vit_sides(model, [n*model.cfg.vae.down for n in zs[-2:]])
+    sides = vit_sides(model.cfg, [n*model.cfg.vae.down for n in zs[-2:]])
     return reinject(model, torch.empty(zs), mode, torch.empty(3, *sides))
 
 def _trail(model:ClearModel, r:Rollout, mode:str)->list:

@@ -30,7 +30,8 @@ def make_examples(base:ClearModel, p:Pool, seed:int, cfg, batch:int=128)->tuple:
     return assign(p, pairs, right, seed, cfg.balance, cfg.restore_right), float(np.mean(right))
 
 # %% ../nbs/lib/28_sft.ipynb #e3b6c5de
-def training_set(model:ClearModel, base:ClearModel, preset:Preset, seed:int, source='', # source: folder of `clear-nb build-data`; '': drawn scenes
+def training_set(model:ClearModel, base:ClearModel|None, # asked for the pathways, where there is no source
+                 preset:Preset, seed:int, source='', # source: folder of `clear-nb build-data`; '': drawn scenes
                  acc=None)->tuple: # Pool, Examples, accuracy of the base (None for a folder)
     "What stages 1 and 2 learn from"
     if source: return *open_training(source, 'sft', model), None
@@ -183,10 +184,10 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
 def main(argv:list=None):
     "Stage 1: accelerate launch -m clear_nb.sft params/tiny.yaml --seed 0"
     p, seed, source = command(argv, main.__doc__)
-    acc, base, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
-    labelled, examples, _ = training_set(base, base, p, seed, source, acc)
-    with acc.autocast(): own = restored_by(base, labelled, examples, p, seed) if p.sft.own else None
-    train_sft(load_stage(p, seed, 'base'), labelled, examples, p, seed, own=own, replayed=replay_pool(base, p), acc=acc,
+    acc, model, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
+    labelled, examples, _ = training_set(model, model, p, seed, source, acc)
+    with acc.autocast(): own = restored_by(model, labelled, examples, p, seed) if p.sft.own else None
+    train_sft(model, labelled, examples, p, seed, own=own, replayed=replay_pool(model, p), acc=acc,
               state=folder.with_name('sft_state.pt'), done=lambda m, _: m.save_pretrained(folder, torch.float16))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from clear_nb import grpo, sft
+from clear_nb.data import lazy_pool
 from clear_nb.train import accelerator
 from processes import python, waited
 from stage_toys import STAGES, half_restoring, smoke, train, train_by_halves, world
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 STEPS = 5
 FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_TRANSFORMER_CLS_TO_WRAP='Layer',
             FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='false')
-JOBS = {'alone': (1, {}), 'fsdp': (2, FSDP), 'ddp': (2, {}), 'packed': (2, {})} # packed: trajectories share rows
+JOBS = {'alone': (1, {}), 'fsdp': (2, FSDP), 'ddp': (2, {}), 'packed': (2, {}), 'lazy': (2, FSDP)} # packed: trajectories share rows; lazy: pictures are encoded when asked for
 
 
 # ---------------------------------------------------------------- what runs in the processes
@@ -31,6 +32,7 @@ def same(made, out, acc):
     p = preset(**{'train.row_tokens': 2000*(out.name == 'packed')})
     for stage in STAGES:
         model, kept, pieces = copy.deepcopy(made[0]), {}, []
+        if out.name == 'lazy': made = (made[0], lazy_pool(model, made[1].items, 4), *made[2:])
         keep = lambda m, history: kept.update({k: v.clone() for k, v in m.state_dict().items()}) or pieces.append(isinstance(model.vae2llm.weight, DTensor))
         history = train_by_halves(stage, p, (model, *made[1:]), acc=acc, done=keep, state=out/f'{acc.num_processes}_{stage}.pt')
         if acc.is_main_process: torch.save((history, kept, pieces[0]), out/f'{stage}.pt')
@@ -96,12 +98,12 @@ def results(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('engine', ['ddp', 'fsdp', 'packed'])
+@pytest.mark.parametrize('engine', ['ddp', 'fsdp', 'packed', 'lazy'])
 @pytest.mark.parametrize('stage', STAGES)
 def test_one_process_is_two(results, engine, stage):
-    """Loss within 1e-6 of its size at every step, weights within 1e-5 after five; one process has no image in its rows; also when trajectories share rows."""
+    """Loss within 1e-6 of its size at every step, weights within 1e-5 after five; one process has no image in its rows; also when trajectories share rows or the training model's pictures are encoded late."""
     (want, weights, _), (found, others, pieces) = (torch.load(results/job/f'{stage}.pt') for job in ('alone', engine))
-    assert pieces == (engine == 'fsdp')
+    assert pieces == (engine in ('fsdp', 'lazy'))
     for a, b in zip(want, found, strict=True):
         assert a.keys() == b.keys()
         for k in a: assert k.startswith('s_') or b[k] == pytest.approx(a[k], rel=1e-6 if k == 'loss' else 1e-4, abs=1e-6), k

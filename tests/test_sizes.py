@@ -52,7 +52,7 @@ def test_one_patch_per_latent_token(model, mixed):
         tokens = [n//model.cfg.latent_patch for n in mixed.clean_z[i].shape[1:]]
         sides = [n*model.cfg.vit.patch for n in tokens]
         assert list(mixed.clean[i].shape[1:]) == sides == list(reread(model, mixed.clean_z[i][None])[0].shape[1:])
-        assert vit_sides(model, [n*16 for n in tokens]) == sides
+        assert vit_sides(model.cfg, [n*16 for n in tokens]) == sides
     assert len({x.shape for x in mixed.clean}) > 1
 
 
