@@ -26,7 +26,7 @@ from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, ready, totals
+from .train import accelerator, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, ready, totals, widen
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -444,7 +444,7 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
     "Stage 3 in place (paper §3.4); the ablations are options of `preset.grpo`"
     acc, cfg = acc or accelerator(), preset.grpo
     o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, len(pool))
-    freeze(model.to(acc.device).eval(), 'vae.', 'vit_model.', 'connector.')
+    freeze(widen(model.to(acc.device).eval(), acc, preset.train), 'vae.', 'vit_model.', 'connector.')
     whole = reference(model) if o.beta and not (pieces := not alone(acc) and fsdp_settings(acc)) else None
     run = ready(model, acc, preset.train)
     ref = shared_reference(model, acc) if o.beta and pieces else whole

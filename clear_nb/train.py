@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'LORA', 'lr_at', 'trainable', 'Ema', 'tracker_name', 'fast_precision', 'accelerator', 'alone', 'own_share',
            'everyone', 'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete',
-           'idle', 'add_lora', 'merge_lora', 'ready', 'command', 'full', 'like', 'generators', 'checksum', 'tensors_of',
-           'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'origin', 'load_state', 'optimizer',
-           'update', 'fit', 'once', 'smooth', 'plot_history']
+           'idle', 'add_lora', 'merge_lora', 'widen', 'ready', 'command', 'full', 'like', 'generators', 'checksum',
+           'tensors_of', 'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'origin', 'load_state',
+           'optimizer', 'update', 'fit', 'once', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
 import argparse, json, math, os, time, warnings, weakref, zlib
@@ -188,16 +188,17 @@ def idle(model:nn.Module, h, acc:Accelerator=None)->torch.Tensor|float: # h: mod
 LORA = r'.*language_model\.model\.layers\.\d+\..*_proj(_moe_gen)?' # layers with adapters
 
 def add_lora(model:nn.Module, rank:int):
-    "Put adapters on the decoder's layers, in place; only they train"
+    "Put adapters in fp32 on the decoder's layers, in place; only they train"
     try: from peft import LoraConfig, inject_adapter_in_model
     except ImportError as e: raise ImportError('train.lora needs peft: run pip install peft') from e
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules=LORA, init_lora_weights=True), model)
     for k, p in trainable(model).items():
+        p.data = p.data.float()
         if 'lora_A' in k: nn.init.kaiming_uniform_(p, math.sqrt(5), generator=torch_rng('lora', k))
 
 # %% ../nbs/lib/26_train.ipynb #b889b620
 def merge_lora(model:nn.Module):
-    "Add the adapters to the weights and remove them, in place"
+    "Add the adapters to the weights, in the precision of these, and remove them, in place"
     for name, m in list(model.named_modules()):
         if not hasattr(m, 'lora_A'): continue
         m.merge()
@@ -205,12 +206,17 @@ def merge_lora(model:nn.Module):
         setattr(model.get_submodule(parent), last, m.get_base_layer())
 
 # %% ../nbs/lib/26_train.ipynb #ce3e552d
+def widen(model:nn.Module, acc:Accelerator=None, cfg:Train=Train())->nn.Module: # the model, in place
+    "Weights that train in fp32; bf16 ones lose small updates. In mixed precision FSDP widens its own pieces; with LoRA the adapters are fp32"
+    pieces = not alone(acc) and fsdp_settings(acc) and acc.mixed_precision != 'no'
+    return model if pieces or cfg.lora else model.float()
+
 def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the callable of `parallel`
     "A frozen-as-wanted ClearModel, ready for the loop. ValueError for LoRA under FSDP"
     model.mot.checkpointing, model.row_tokens = cfg.checkpointing, cfg.row_tokens
     if cfg.lora and not alone(acc) and fsdp_settings(acc): raise ValueError('LoRA fits one GPU and does not go with FSDP; set train.lora to 0 or launch with DDP')
     if cfg.lora: add_lora(model, cfg.lora)
-    return parallel(model, acc)
+    return parallel(widen(model, acc, cfg), acc)
 
 # %% ../nbs/lib/26_train.ipynb #24e32c2f
 def command(argv:list|None, doc:str, more:dict={})->tuple: # more: name to help of further options; preset, seed, source, values of those

@@ -1,14 +1,16 @@
 """Stages from the command line, configurations of accelerate, and the options of the preset's section `train`."""
 import copy
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from clear_nb import base, bridge, grpo, sft
+from clear_nb import train as loop
 from clear_nb.core import PATHS, find_stage
-from clear_nb.model import ClearModel
+from clear_nb.model import ClearModel, export_bagel
 from clear_nb.train import accelerator, add_lora, merge_lora, parallel, ready, trainable
 from stage_toys import smoke, train, world
 
@@ -74,6 +76,34 @@ def test_lora(made, stage):
     assert before.keys() == after.keys() and moved and all('layers' in k and '_proj' in k and k.endswith('.weight') for k in moved)
     assert any('_moe_gen' in k for k in moved) and any('_moe_gen' not in k for k in moved)
     assert all(torch.linalg.matrix_rank(after[k] - before[k], atol=1e-5) <= 2 for k in moved)
+
+
+@pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
+def test_published_weights_train_in_fp32(made, stage, tmp_path):
+    """A folder opens in bf16, where an update of the paper's size rounds away; it trains as if it had been widened first."""
+    export_bagel(made[0], tmp_path)
+    p, models = smoke(2, **{f'{stage}.lr': 2e-5}), [ClearModel.from_pretrained(tmp_path), ClearModel.from_pretrained(tmp_path).float()]
+    before = {k: v.clone() for k, v in models[1].named_parameters()}
+    for m in models: train(stage, p, (m, *made[1:]), acc=accelerator('no'))
+    half, whole = (dict(m.named_parameters()) for m in models)
+    assert all(v.dtype == torch.float32 and torch.equal(v, whole[k]) for k, v in half.items())
+    trained = trainable(models[0])
+    assert sum((v != before[k]).sum().item() for k, v in trained.items()) > .5*sum(v.numel() for v in trained.values())
+
+
+@pytest.mark.parametrize('stage', ['sft', 'grpo'])
+def test_lora_on_published_weights(made, stage, tmp_path):
+    """Adapters and their average are fp32 beside bf16 weights, and are merged into these."""
+    export_bagel(made[0], tmp_path)
+    model, seen = ClearModel.from_pretrained(tmp_path), set()
+    watch = lambda m: seen.update(p.dtype for p in trainable(m).values()) or merge_lora(m)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with patch.object(loop, 'merge_lora', watch):
+        train(stage, smoke(2, **{'train.lora': 2, f'{stage}.lr': 1e-2}), (model, *made[1:]), acc=accelerator('no'))
+    assert seen == {torch.float32}
+    after = model.state_dict()
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert moved and all(after[k].dtype == torch.bfloat16 for k in moved)
 
 
 def test_lora_start(made):
