@@ -11,7 +11,7 @@ from .base import load_stage
 from .core import Preset, rng, stage_folder, torch_rng
 from .data import Pool
 from .model import ClearModel, freeze
-from .sft import by_image, replay_pool, restored_by, sft_loss, stage_rows, training_set
+from .sft import by_image, replay_pool, restored_by, stage_rows, step_loss, training_set
 from .train import accelerator, command, fit, origin, ready
 
 # %% ../nbs/lib/30_bridge.ipynb #be82f2e4
@@ -28,7 +28,7 @@ def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
     def loss(step):
         g, t = rng('bridge', seed, step), torch_rng('bridge', seed, step)
         rows = stage_rows(model, p, groups, replayed, preset, b.batch, g, t, 'both', own, 1., False)
-        return run(lambda m: sft_loss(m, rows, s.lambda_mse, 0., acc))
+        return step_loss(model, rows, s.lambda_mse, 0., preset.train.micro, acc, run)
     return fit(model, loss, b.steps, b.lr, b.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
                desc='bridge', of=of, done=done)
 

@@ -186,6 +186,8 @@ class Train:
     checkpointing:bool = False # compute a layer's activations twice instead of keeping them
     lora:int = 0 # rank of LoRA adapters in stages 1 to 3; 0: every weight of the decoder trains
     row_tokens:int = 0 # tokens of a row that several trajectories share (see trajectory.first_fit); 0: one row each
+    micro:int = 0 # trajectories of a process in one pass of the update; 0: all
+    chunk:int = 0 # questions that a process samples together in stage 3; 0: all
 
 # %% ../nbs/lib/00_core.ipynb #5783faa7
 @dataclass(frozen=True)

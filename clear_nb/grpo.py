@@ -14,10 +14,10 @@ __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 
 import copy, math, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from . import flow
 from .base import load_stage
 from .core import Grpo, Preset, rng, stage_folder, torch_rng
@@ -26,7 +26,7 @@ from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, ready, totals, widen
+from .train import accelerator, accumulate, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, pieces, ready, totals, widen
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -304,41 +304,17 @@ def grpo_loss(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)-
 # %% ../nbs/lib/32_grpo.ipynb #f1133cdb
 def _pieces(samples:list, shape, micro:int=None, acc=None)->list: # lists of Samples
     "A batch in pieces of similar lengths; every process gets as many, the last ones with weight 0"
-    order = sorted(samples, key=lambda s: count(rollout_segments(s.rollout), shape))
-    out = [order[k:k + (micro or len(order))] for k in range(0, len(order), micro or len(order))]
-    nothing = [replace(order[0], advantage=0., w_text=0., w_flow=0.)]
-    return out + [nothing]*(max(everyone([len(out)], acc)) - len(out))
-
-# %% ../nbs/lib/32_grpo.ipynb #190d5965
-def _gradient(loss:Tensor, params:list, acc=None)->list: # a tensor or None per parameter
-    "Gradient of a piece, summed over the processes"
-    with torch.autocast(loss.device.type, enabled=False):
-        if alone(acc): return torch.autograd.grad(loss, params, allow_unused=True)
-        for p in params: p.grad = None
-        (loss*acc.num_processes).backward() # DDP and FSDP average
-    out = [p.grad for p in params]
-    for p in params: p.grad = None
-    return out
-
-def _put(params:list, grads:list)->Tensor: # 0, or NaN when a gradient is not finite
-    "Gradients in their place, where a backward pass through DDP would count them a second time"
-    for p, g in zip(params, grads): p.grad = g
-    return sum((g.to_local() if isinstance(g, DTensor) else g).sum()*0. for g in grads if g is not None)
+    nothing = lambda piece: [replace(s, advantage=0., w_text=0., w_flow=0.) for s in piece]
+    tokens = lambda s: count(rollout_segments(s.rollout), shape)
+    return [piece if counts else nothing(piece) for piece, counts in pieces(samples, tokens, micro or 0, acc)]
 
 # %% ../nbs/lib/32_grpo.ipynb #731cbbda
 def _collect(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None,
              micro:int=None, acc=None, run=None)->tuple: # scalar, details of each piece
     "Gradient of the joint loss, piece by piece"
-    params, total, details = [p for p in model.parameters() if p.requires_grad], 0., []
-    grads, run = [None]*len(params), run or (lambda f: f(model))
-    for piece in _pieces(samples, model.shape, micro, acc):
-        loss, more = run(lambda m: joint_loss(m, piece, o, ref, acc))
-        grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, _gradient(loss, params, acc))]
-        total = total + (loss.detach() if alone(acc) else loss.detach()*acc.num_processes)
-        details += [more]*any(s.w_text for s in piece)
-    if not alone(acc): return total + _put(params, grads), details
-    linear = sum((p*g).sum() for p, g in zip(params, grads) if g is not None)
-    return total + linear - linear.detach(), details
+    run, parts = run or (lambda f: f(model)), _pieces(samples, model.shape, micro, acc)
+    value, details = accumulate(model, [partial(run, partial(joint_loss, samples=piece, o=o, ref=ref, acc=acc)) for piece in parts], acc)
+    return value, [more for piece, more in zip(parts, details) if any(s.w_text for s in piece)]
 
 # %% ../nbs/lib/32_grpo.ipynb #4ee95b39
 def _blame(model:ClearModel, samples:list, o:Objective, ref:ClearModel=None)->list:
@@ -437,17 +413,17 @@ SHOW = ('reward', 'trigger', 's_rollout', 's_reward', 's_update') # beside the p
 def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 1 and 2 have not seen
                preset:Preset, seed:int=0, acc=None, state:Path=None, done=None, # of `train.fit`
                judge=RuleJudge(), workers:int=1, # judge requests at the same time
-               micro:int=None, chunk:int=None, # trajectories per piece of the update, questions per piece of the rollouts; None: all
+               micro:int=None, chunk:int=None, # in place of the preset's: trajectories per piece of the update, questions per piece of the rollouts
                watch=None, # called with step, rollouts, questions and outcomes, for example `watch.watcher(…)`
                **changes # fields of Objective: norm, scale, reduction, …
               )->list: # one dict per step
     "Stage 3 in place (paper §3.4); the ablations are options of `preset.grpo`"
-    acc, cfg = acc or accelerator(), preset.grpo
+    acc, cfg, micro, chunk = acc or accelerator(), preset.grpo, micro or preset.train.micro, chunk or preset.train.chunk
     o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, len(pool))
     freeze(widen(model.to(acc.device).eval(), acc, preset.train), 'vae.', 'vit_model.', 'connector.')
-    whole = reference(model) if o.beta and not (pieces := not alone(acc) and fsdp_settings(acc)) else None
+    whole = reference(model) if o.beta and not (sharded := not alone(acc) and fsdp_settings(acc)) else None
     run = ready(model, acc, preset.train)
-    ref = shared_reference(model, acc) if o.beta and pieces else whole
+    ref = shared_reference(model, acc) if o.beta and sharded else whole
     step_of = lambda step: grpo_step(model, pool, cfg, o, seed, step, judge, ref, micro, chunk, watch, workers, acc, run)
     return fit(model, step_of, cfg.steps, cfg.lr, cfg.warmup, acc=acc, state=state, save_seconds=preset.train.save_seconds, desc='grpo', of=of, show=SHOW, done=done)
 

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['REPLAYED', 'KINDS', 'make_examples', 'training_set', 'restored_by', 'by_image', 'example_segments', 'sft_row',
-           'replay_pool', 'clean_trace', 'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss', 'updates',
-           'as_direct', 'stage_rows', 'train_sft', 'main']
+           'replay_pool', 'clean_trace', 'replay_rows', 'kl_terms', 'layer_weights', 'distill', 'sft_loss',
+           'loss_terms', 'step_loss', 'updates', 'as_direct', 'stage_rows', 'train_sft', 'main']
 
 # %% ../nbs/lib/28_sft.ipynb #b5f529e4
 from dataclasses import replace
+from functools import partial
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
 from .core import Preset, rng, stage_folder, torch_rng
 from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, open_training, opening, own_pixels, own_restorations, pool, write_trace
 from .flow import sample_time
+from .generate import count
 from .model import ClearModel, freeze
 from .reward import RuleJudge
 from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
-from .train import accelerator, averages, command, fit, global_mean, idle, origin, own_share, ready, totals
+from .train import accelerator, accumulate, alone, averages, command, fit, global_mean, idle, origin, own_share, pieces, ready, totals
 
 # %% ../nbs/lib/28_sft.ipynb #3a274123
 def make_examples(base:ClearModel, p:Pool, seed:int, cfg, batch:int=128)->tuple: # cfg: core.Sft; returns examples, accuracy of the base
@@ -118,23 +120,44 @@ def layer_weights(n:int)->Tensor: # (n,) summing to one
     return w/w.sum()
 
 # %% ../nbs/lib/28_sft.ipynb #85dccfe7
-def distill(h, acc=None)->Tensor: # h: model.Hidden with layers kept
+def distill(h, acc=None, count:int=None)->Tensor: # h: model.Hidden with layers kept; count: of `global_mean`
     "Mean L_KL over all pairs of a batch; zero (with a graph) when no pair is there"
     pairs = h.packed.pairs
     if not totals([len(pairs)], acc)[0]: return h.x.sum()*0.
     vae, vit = (torch.cat([torch.zeros(0, dtype=torch.long), *(p[k].cpu() for p in pairs)]).to(h.x.device) for k in (0, 1))
-    return sum(w*global_mean(kl_terms(h.at(vae, i), h.at(vit, i)), acc) for i, w in enumerate(layer_weights(len(h.layers))))
+    return sum(w*global_mean(kl_terms(h.at(vae, i), h.at(vit, i)), acc, count) for i, w in enumerate(layer_weights(len(h.layers))))
 
 # %% ../nbs/lib/28_sft.ipynb #2a14ebda
 def sft_loss(model:ClearModel, rows:list, lambda_mse:float=.5, lambda_kl:float=.1, # rows: of all processes
-             acc=None)->tuple:
+             acc=None, of:tuple=None)->tuple: # of: `loss_terms` of the whole batch, where `rows` is a piece of it on this process
     "The three losses of stage 1 from one forward pass, and their values"
-    h = model(to(pack(own_share(rows, acc), model.shape, row_tokens=model.row_tokens), model.device), keep_layers=lambda_kl > 0)
-    ce = global_mean(model.ce_terms(h), acc)
-    mse = global_mean(model.mse_terms(h), acc) if totals([len(h.packed.mse_at)], acc)[0] else h.x.sum()*0.
-    kl = distill(h, acc) if lambda_kl > 0 else torch.zeros((), device=h.x.device)
+    (n_ce, n_mse, n_kl), mine = of or (None,)*3, rows if of else own_share(rows, acc)
+    h = model(to(pack(mine, model.shape, row_tokens=model.row_tokens), model.device), keep_layers=lambda_kl > 0)
+    ce = global_mean(model.ce_terms(h), acc, n_ce)
+    mse = global_mean(model.mse_terms(h), acc, n_mse) if totals([len(h.packed.mse_at)], acc)[0] else h.x.sum()*0.
+    kl = distill(h, acc, n_kl) if lambda_kl > 0 else torch.zeros((), device=h.x.device)
     logs = {k: float(v.detach()) for k, v in dict(ce=ce, mse=mse, kl=kl).items()}
     return ce + lambda_mse*mse + lambda_kl*kl + idle(model, h, acc), averages(logs, acc)
+
+# %% ../nbs/lib/28_sft.ipynb #7a1c0c02
+def loss_terms(rows:list, shape)->list: # labels, numbers of noised latents, paired latent tokens
+    "Over how many terms the three losses are means"
+    p = pack(rows, shape)
+    return [len(p.ce_at), p.target.numel(), sum(len(vae) for vae, _ in p.pairs)]
+
+# %% ../nbs/lib/28_sft.ipynb #7a1c0c03
+def step_loss(model:ClearModel, rows:list, lambda_mse:float, lambda_kl:float, micro:int=0, # rows: of all processes; micro: rows of a process in one pass, 0: all
+              acc=None, run=None)->tuple: # run: of `train.parallel`
+    "`sft_loss` of an update, piece by piece where its rows do not pass at once"
+    run, mine = run or (lambda f: f(model)), own_share(rows, acc)
+    parts = pieces(mine, lambda r: count(r, model.shape), micro, acc)
+    if len(parts) == 1: return run(lambda m: sft_loss(m, rows, lambda_mse, lambda_kl, acc))
+    of, n = totals(loss_terms(mine, model.shape), acc), 1 if alone(acc) else acc.num_processes
+    def part(piece, weight):
+        loss, logs = run(lambda m: sft_loss(m, piece, lambda_mse, lambda_kl, acc, of))
+        return loss*(weight/n), {k: v*weight for k, v in logs.items()}
+    loss, logs = accumulate(model, [partial(part, *p) for p in parts], acc)
+    return loss, {k: sum(l[k] for l in logs) for k in logs[0]}
 
 # %% ../nbs/lib/28_sft.ipynb #d3aa2185
 KINDS = dict(clear='both', text='vit', matched='both')
@@ -176,7 +199,7 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
     def loss(step):
         g, t = rng('sft', kind, seed, step), torch_rng('sft', kind, seed, step)
         rows = stage_rows(model, p, groups, replayed, preset, s.batch, g, t, KINDS[kind], own, s.own, True, shown)
-        return run(lambda m: sft_loss(m, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., acc))
+        return step_loss(model, rows, s.lambda_mse, s.lambda_kl if kind == 'clear' else 0., preset.train.micro, acc, run)
     return fit(model, loss, updates(preset, kind), s.lr, s.warmup, ema=s.ema, weight_decay=.01, acc=acc, state=state, save_seconds=preset.train.save_seconds,
                desc=f'SFT {kind}', of=of, done=done)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'LORA', 'lr_at', 'trainable', 'Ema', 'tracker_name', 'fast_precision', 'accelerator', 'alone', 'own_share',
            'everyone', 'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete',
-           'idle', 'add_lora', 'merge_lora', 'widen', 'ready', 'command', 'full', 'like', 'generators', 'checksum',
-           'tensors_of', 'states', 'drop_states', 'save_state', 'read_state', 'last_state', 'origin', 'load_state',
-           'optimizer', 'update', 'fit', 'once', 'smooth', 'plot_history']
+           'idle', 'pieces', 'accumulate', 'add_lora', 'merge_lora', 'widen', 'ready', 'command', 'full', 'like',
+           'generators', 'checksum', 'tensors_of', 'states', 'drop_states', 'save_state', 'read_state', 'last_state',
+           'origin', 'load_state', 'optimizer', 'update', 'fit', 'once', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
 import argparse, json, math, os, time, warnings, weakref, zlib
@@ -124,11 +124,12 @@ def averages(logs:dict, acc:Accelerator=None)->dict:
     "Means of logged numbers over the processes"
     return logs if alone(acc) else dict(zip(logs, averaged(torch.tensor(list(logs.values()), dtype=torch.float64, device=acc.device), acc).tolist()))
 
-def global_mean(terms:torch.Tensor, acc:Accelerator=None)->torch.Tensor:
+def global_mean(terms:torch.Tensor, acc:Accelerator=None, count:int=None, # terms of all processes and pieces; None: there is one piece
+               )->torch.Tensor:
     "This process's part of the mean over the terms of all; the average of the parts is that mean"
-    if alone(acc): return terms.mean()
-    count, = totals([terms.numel()], acc)
-    return terms.sum()*(acc.num_processes/max(1, count))
+    if alone(acc) and count is None: return terms.mean()
+    if count is None: count, = totals([terms.numel()], acc)
+    return terms.sum()*((1 if alone(acc) else acc.num_processes)/max(1, count))
 
 # %% ../nbs/lib/26_train.ipynb #cc7cc5f8
 class Call(nn.Module):
@@ -183,6 +184,46 @@ def idle(model:nn.Module, h, acc:Accelerator=None)->torch.Tensor|float: # h: mod
              (p.mse_at, lambda: model.velocity(h, places)), (p.ce_at, lambda: model.logits(h, places))]
     used = totals([len(own) for own, _ in parts], acc)
     return sum(part().sum() for (own, part), n in zip(parts, used) if n and not len(own))
+
+# %% ../nbs/lib/26_train.ipynb #7a1c0b02
+def pieces(rows:list, tokens, # row -> its number of tokens
+           micro:int=0, # rows per piece; 0: all
+           acc:Accelerator=None)->list: # (rows, 1 or 0: what they count)
+    "The rows of this process in pieces of similar lengths, as many on every process"
+    order, micro = sorted(rows, key=tokens), micro or len(rows)
+    out = [(order[k:k + micro], 1.) for k in range(0, len(order), micro)]
+    return out + [(order[:1], 0.)]*(max(everyone([len(out)], acc)) - len(out))
+
+# %% ../nbs/lib/26_train.ipynb #7a1c0b04
+def _gradient(loss:torch.Tensor, params:list, acc=None)->list: # a tensor or None per parameter
+    "Gradient of a piece, summed over the processes"
+    with torch.autocast(loss.device.type, enabled=False):
+        if alone(acc): return torch.autograd.grad(loss, params, allow_unused=True)
+        for p in params: p.grad = None
+        (loss*acc.num_processes).backward() # DDP and FSDP average
+    out = [p.grad for p in params]
+    for p in params: p.grad = None
+    return out
+
+def _put(params:list, grads:list)->torch.Tensor: # 0, or NaN when a gradient is not finite
+    "Gradients in their place, where a backward pass through DDP would count them a second time"
+    for p, g in zip(params, grads): p.grad = g
+    return sum((g.to_local() if isinstance(g, DTensor) else g).sum()*0. for g in grads if g is not None)
+
+# %% ../nbs/lib/26_train.ipynb #7a1c0b05
+def accumulate(model:nn.Module, parts, # functions that give the loss of a piece, a sum over rows and processes, and details
+               acc:Accelerator=None)->tuple: # scalar with the gradient of the sum, details of each piece
+    "Gradient of a sum of losses, piece by piece"
+    params, total, details = [p for p in model.parameters() if p.requires_grad], 0., []
+    grads = [None]*len(params)
+    for part in parts:
+        loss, more = part()
+        grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, _gradient(loss, params, acc))]
+        total = total + (loss.detach() if alone(acc) else loss.detach()*acc.num_processes)
+        details.append(more)
+    if not alone(acc): return total + _put(params, grads), details
+    linear = sum((p*g).sum() for p, g in zip(params, grads) if g is not None)
+    return total + linear - linear.detach(), details
 
 # %% ../nbs/lib/26_train.ipynb #5943cedd
 LORA = r'.*language_model\.model\.layers\.\d+\..*_proj(_moe_gen)?' # layers with adapters

@@ -11,6 +11,7 @@ from clear_nb import base, bridge, grpo, sft
 from clear_nb import train as loop
 from clear_nb.core import PATHS, find_stage
 from clear_nb.model import ClearModel, export_bagel
+from clear_nb.mot import Mot
 from clear_nb.train import accelerator, add_lora, merge_lora, parallel, ready, trainable
 from stage_toys import smoke, train, world
 
@@ -66,6 +67,24 @@ def test_checkpointing(made, stage):
     """Layers computed twice, the same bits."""
     want, found = weights(stage, made), weights(stage, made, **{'train.checkpointing': True})
     assert all(torch.equal(v, found[k]) for k, v in want.items())
+
+
+@pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
+def test_pieces(made, stage):
+    """The preset's numbers of trajectories per pass and of questions per batch change neither weights nor what is logged."""
+    passes, sampled, plain, rolls = [], [], Mot.forward, grpo.generate
+    found = []
+    for changes in ({}, {'train.micro': 1, 'train.chunk': 1}):
+        passes.clear(), sampled.clear()
+        model = copy.deepcopy(made[0])
+        with patch.object(Mot, 'forward', lambda self, *a, **k: passes.append(1) or plain(self, *a, **k)), \
+             patch.object(grpo, 'generate', lambda m, ask, *a: sampled.append(len(ask)) or rolls(m, ask, *a)):
+            history = train(stage, smoke(2, **changes), (model, *made[1:]), acc=accelerator('no'))
+        found.append((history, model.state_dict(), len(passes), max(sampled, default=1)))
+    (a, want, few, most), (b, got, many, one) = found
+    assert many > few and one == 1 and (stage != 'grpo' or most > 1)
+    for x, y in zip(a, b, strict=True): assert {k: v for k, v in x.items() if k[:2] != 's_'} == pytest.approx({k: v for k, v in y.items() if k[:2] != 's_'}, rel=1e-4, abs=1e-6)
+    assert all((v - got[k]).abs().max() < 1e-5 for k, v in want.items())
 
 
 @pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
