@@ -6,11 +6,11 @@
 __all__ = ['part_of', 'count_parameters', 'saved_bytes', 'layer_bytes', 'Tokens', 'picture_tokens', 'trajectory_tokens', 'Plan',
            'lora_parameters', 'copy_bytes', 'state_bytes', 'gradient_bytes', 'pass_bytes', 'training_memory',
            'forward_flops', 'training_flops', 'kv_bytes', 'Gpu', 'train_seconds', 'decode_seconds', 'answer_seconds',
-           'stage_table', 'bench_cost']
+           'plan_of', 'stage_table', 'bench_cost']
 
 # %% ../nbs/lib/46_scale.ipynb #b42b5cfc
 from dataclasses import dataclass
-import torch
+import math, torch
 from .core import Preset
 from .images import ResizeRule
 from .model import ClearConfig, meta_model, qwen2
@@ -204,21 +204,32 @@ def answer_seconds(cfg:ClearConfig, t:Tokens, steps:int, rows:int, gpu:Gpu=Gpu()
     denoise = restored*((steps - 1)*forward_flops(cfg, 0, t.latent, t.latent*(before + 2*t.latent)) + forward_flops(cfg, 0, t.latent, t.latent*(before + 2*t.latent)))
     return dict(prefill=rows*once/speed, decode=t.said*decode_seconds(cfg, rows, t.all, gpu), denoise=rows*denoise/speed)
 
+# %% ../nbs/lib/46_scale.ipynb #35179023
+def plan_of(p:Preset, gpus:int, n:int, # trajectories of an update
+            **more # further fields of Plan
+           )->Plan:
+    "How the preset's section `train` runs an update; ValueError when there are fewer trajectories than GPUs"
+    if n < gpus: raise ValueError(f'{n} trajectories of an update cannot be shared by {gpus} GPUs; use fewer GPUs or a larger batch')
+    each, t = math.ceil(n/gpus), p.train
+    micro = min(t.micro or each, each)
+    return Plan(gpus, micro, t.checkpointing, math.ceil(each/micro), lora=t.lora, **more)
+
 # %% ../nbs/lib/46_scale.ipynb #35179022
 def stage_table(p:Preset, gpus:int, w:int, h:int, question:int, said:int, gpu:Gpu=Gpu())->list: # one dict per stage
-    "Trajectories, memory per GPU and hours of the stages on `gpus` GPUs"
+    "Trajectories, memory per GPU and hours of the stages on `gpus` GPUs, as the preset runs them; a stage without updates has no row"
     cfg, g, rows = ClearConfig.from_dict(p.model), p.grpo, []
     at = lambda stage: trajectory_tokens(p, w, h, question, said, stage)
     def row(stage, n, plan, more=0.):
+        if not n: return
         t = at(stage)
         train = train_seconds(cfg, t, n, plan, gpu)
         rows.append(dict(stage=stage, trajectories=n, gib=training_memory(cfg, t.all, t.said, plan)['total']/2**30, hours=(train + more)/3600, generating=more/(train + more)))
-    row('sft', p.sft.steps*p.sft.batch, Plan(gpus, ema=True))
-    row('bridge', p.bridge.steps*p.bridge.batch, Plan(gpus, ema=True))
-    n, each = g.steps*g.prompts*g.group, max(1, g.prompts*g.group//gpus)
-    plan = Plan(gpus, pieces=each, reference=g.beta > 0)
+    row('sft', p.sft.steps*p.sft.batch, plan_of(p, gpus, p.sft.batch, ema=True))
+    row('bridge', p.bridge.steps*p.bridge.batch, plan_of(p, gpus, p.bridge.batch, ema=True))
+    n, plan = g.steps*g.prompts*g.group, plan_of(p, gpus, g.prompts*g.group, reference=g.beta > 0)
+    each = g.group*min(p.train.chunk or g.prompts, math.ceil(g.prompts/gpus)) # answers sampled together
     row('grpo', n, plan, n/each/gpus*sum(answer_seconds(cfg, at('grpo'), g.denoise_steps, each, gpu).values()))
-    if gpus > 1: rows[-1]['gib'] = max(rows[-1]['gib'], (state_bytes(cfg, plan) + 2*sum(_own(cfg)))/2**30) # a whole copy in bf16 samples
+    if n and gpus > 1: rows[-1]['gib'] = max(rows[-1]['gib'], (state_bytes(cfg, plan) + 2*sum(_own(cfg)))/2**30) # a whole copy in bf16 samples
     return rows
 
 # %% ../nbs/lib/46_scale.ipynb #22f83681

@@ -5,7 +5,7 @@ from clear_nb.core import ROOT, load_preset
 from clear_nb.model import ClearConfig
 from clear_nb.mot import Layer
 from clear_nb.model import qwen2
-from clear_nb.scale import Plan, copy_bytes, count_parameters, gradient_bytes, layer_bytes, lora_parameters, saved_bytes, state_bytes, training_memory, trajectory_tokens
+from clear_nb.scale import Plan, copy_bytes, count_parameters, gradient_bytes, layer_bytes, lora_parameters, saved_bytes, stage_table, state_bytes, training_memory, trajectory_tokens
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 BIG = ClearConfig.from_dict(load_preset('paper').model)
@@ -38,6 +38,15 @@ def test_passes_or_gradients():
     assert larger == [False, True] and gradient_bytes(small, Plan(8, foreach=False)) == copy
     assert state_bytes(small, Plan()) + copy_bytes(small, Plan()) == 16*(sum(n.values()) - fixed) + 4*fixed
     assert state_bytes(small, lora) - 3*copy_bytes(small, lora) == 2*(sum(n.values()) - fixed) + 4*fixed and copy_bytes(small, lora) == 4*lora_parameters(small, 8)
+
+@pytest.mark.parametrize('name', ['paper', 'official'])
+@pytest.mark.parametrize('w, h', [(640, 480), (1024, 1024)])
+def test_published_presets_fit(name, w, h):
+    """Every stage on eight GPUs of 80 GB, as the preset runs it; all trajectories in one pass, with everything kept, would not fit."""
+    p = load_preset(name)
+    assert all(r['gib'] < .9*80e9/2**30 for r in stage_table(p, 8, w, h, 80, 270))
+    at_once = load_preset(name, **{'train.micro': 0, 'train.checkpointing': False})
+    assert all(r['gib'] > 80e9/2**30 for r in stage_table(at_once, 8, w, h, 80, 270))
 
 def test_lora_counts_rows_and_columns_of_every_matrix():
     with torch.device('meta'): layer = Layer(qwen2(BIG), 0)
