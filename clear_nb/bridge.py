@@ -9,7 +9,7 @@ __all__ = ['train_bridge', 'main']
 import torch
 from .base import load_stage
 from .core import Preset, rng, stage_folder, torch_rng
-from .data import Pool
+from .data import Pool, fingerprint
 from .model import ClearModel, freeze
 from .sft import by_image, replay_pool, restored_by, stage_rows, step_loss, training_set
 from .train import accelerator, command, fit, origin, ready
@@ -22,7 +22,7 @@ def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
                 )->list:
     "Stage 2 in place; returns the history"
     acc, b, s = acc or accelerator(), preset.bridge, preset.sft
-    of = origin(model, preset.model, preset.data, s, b, seed, len(examples))
+    of = origin(model, preset.model, preset.data, s, b, seed, fingerprint(p, examples))
     groups = by_image(examples)
     run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)
     def loss(step):

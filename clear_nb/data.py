@@ -7,10 +7,10 @@ __all__ = ['CONTROL', 'STRENGTH', 'DIAGNOSIS', 'ENOUGH', 'UNCLEAR', 'RESTORED', 
            'train_tokenizer', 'ids', 'ask_ids', 'evidence', 'thought', 'write_trace', 'Item', 'scene_items',
            'easy_items', 'spoil', 'labelled_items', 'Pool', 'Lazy', 'as_read', 'lazy_pool', 'encode', 'pool', 'context',
            'opening', 'prompts', 'all_pairs', 'own_restorations', 'own_pixels', 'answers', 'Example', 'assign',
-           'read_manifest', 'Stored', 'open_training']
+           'read_manifest', 'Stored', 'open_training', 'fingerprint']
 
 # %% ../nbs/lib/24_data.ipynb #96f5765f
-import copy, io, json
+import copy, io, json, zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -329,3 +329,13 @@ def open_training(folder, # of a finished build
         items.append(Stored((path, k, n), row))
         examples.append(Example(i, 0, row['restore'], tuple(row['texts'])))
     return lazy_pool(model, items, keep), examples
+
+# %% ../nbs/lib/24_data.ipynb #7a1c0d02
+def fingerprint(p:Pool, examples=())->int:
+    "CRC of what is learnt from: pictures, damage, questions and answers, and the traces in their order"
+    own = lambda x: zlib.crc32(np.ascontiguousarray(x))
+    picture = lambda i: (own(i.clean), own(i.seen)) if isinstance(i, Item) else i.key
+    told = lambda i: (picture(i), i.corruption, i.severity, [(q.prompt, q.answer, q.options) for q in i.questions])
+    out = 0
+    for x in (*map(told, p.items), *examples): out = zlib.crc32(repr(x).encode(), out)
+    return out

@@ -8,7 +8,7 @@ __all__ = ['SHOW', 'sampling', 'rollout_batch', 'cache_bytes', 'rollout_bytes', 
            'old_flow_logp', 'bounded', 'clipped', 'is_clipped', 'k3', 'reference', 'shared_reference', 'Objective',
            'token_weights', 'Sample', 'make_samples', 'text_terms', 'flow_terms', 'joint_loss', 'summary', 'grpo_loss',
            'collect', 'judged', 'reward_table', 'choose_pairs', 'behaviour', 'outline', 'gathered', 'sampled',
-           'grpo_step', 'train_grpo', 'rl_set', 'main']
+           'grpo_step', 'named', 'train_grpo', 'rl_set', 'main']
 
 # %% ../nbs/lib/32_grpo.ipynb #53c56659
 import copy, math, time, warnings
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import flow
 from .base import load_stage
 from .core import Grpo, Preset, rng, stage_folder, torch_rng
-from .data import Pool, all_pairs, labelled_items, open_training, pool as make_pool, prompts
+from .data import Pool, all_pairs, fingerprint, labelled_items, open_training, pool as make_pool, prompts
 from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
@@ -407,6 +407,11 @@ def grpo_step(model:ClearModel, pool:Pool, cfg:Grpo, o:Objective, seed:int, step
     seconds = dict(zip(('s_rollout', 's_reward', 's_update'), np.diff(clock).tolist()))
     return loss, {**logs, **behaviour(rollouts), 'flat_groups': flat, **summary(details), **seconds}
 
+# %% ../nbs/lib/32_grpo.ipynb #7a1c0e01
+def named(judge)->tuple:
+    "What stands for a judge where it is asked whether a run is the same"
+    return type(judge).__name__, *(getattr(judge, k, '') for k in ('model', 'task'))
+
 # %% ../nbs/lib/32_grpo.ipynb #a5a76878
 SHOW = ('reward', 'trigger', 's_rollout', 's_reward', 's_update') # beside the progress bar
 
@@ -419,7 +424,7 @@ def train_grpo(model:ClearModel, pool:Pool, # of labelled questions that stages 
               )->list: # one dict per step
     "Stage 3 in place (paper §3.4); the ablations are options of `preset.grpo`"
     acc, cfg, micro, chunk = acc or accelerator(), preset.grpo, micro or preset.train.micro, chunk or preset.train.chunk
-    o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, len(pool))
+    o, of = Objective.of(cfg, **changes), origin(model, preset.model, preset.data, cfg, changes, seed, fingerprint(pool), named(judge))
     freeze(widen(model.to(acc.device).eval(), acc, preset.train), 'vae.', 'vit_model.', 'connector.')
     whole = reference(model) if o.beta and not (sharded := not alone(acc) and fsdp_settings(acc)) else None
     run = ready(model, acc, preset.train)

@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
 from .core import Preset, rng, stage_folder, torch_rng
-from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, ids, labelled_items, open_training, opening, own_pixels, own_restorations, pool, write_trace
+from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, fingerprint, ids, labelled_items, open_training, opening, own_pixels, own_restorations, pool, write_trace
 from .flow import sample_time
 from .generate import count
 from .model import ClearModel, freeze
@@ -192,7 +192,7 @@ def train_sft(model:ClearModel, p:Pool, examples:list, preset:Preset, seed:int=0
     "Stage 1 in place; only the decoder learns, ViT and VAE stay frozen; returns the history"
     if kind not in KINDS: raise ValueError(f'unknown kind {kind!r}; use clear, text or matched')
     acc, s = acc or accelerator(), preset.sft
-    of = origin(model, preset.model, preset.data, s, kind, seed, len(examples))
+    of = origin(model, preset.model, preset.data, s, kind, seed, fingerprint(p, examples))
     groups = by_image(examples if kind == 'clear' else [as_direct(p, e, seed) for e in examples])
     shown = own_pixels(model, own) if own and s.own and kind == 'clear' else None
     run = ready(freeze(model.to(acc.device), 'vae.', 'vit_model.'), acc, preset.train)

@@ -2,13 +2,17 @@
 import copy
 import os
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from clear_nb import base, train as loop
 from clear_nb.core import ROOT, load_preset, torch_rng
+from clear_nb.data import all_pairs, assign, labelled_items, pool
+from clear_nb.reward import Score
 from clear_nb.train import accelerator, fit, last_state, once, read_state, save_state, states
 from processes import python
+from stage_toys import STAGES, smoke, train as stage_train, world
 from test_train import toy
 
 
@@ -61,6 +65,24 @@ def test_state_of_another_run(tmp_path):
     """Other numbers, other run."""
     train(tmp_path/'s.pt', stop=3)
     with pytest.raises(ValueError, match="of another run .*'warmup': 0.*'warmup': 2.*delete them"): train(tmp_path/'s.pt', warmup=2)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_state_of_other_data(tmp_path, stage):
+    """As many questions, but others, or another judge: the run does not go on; with what it began with it does."""
+    p, step, seen, how = smoke(3), loop._step, [], dict(acc=accelerator('no'), state=tmp_path/'s.pt')
+    model, items, examples, own = world(p, 4)
+    other = pool(model, labelled_items(9, 4, 2, 'sft'))
+    def begin(items, examples, **more): return stage_train(stage, p, (copy.deepcopy(model), items, examples, own), **how, **more)
+    def stopped(*a):
+        if len(seen) == 2: raise InterruptedError
+        seen.append(1)
+        return step(*a)
+    with patch.object(loop, '_step', stopped), pytest.raises(InterruptedError): begin(items, examples)
+    with pytest.raises(ValueError, match='of another run'): begin(other, assign(other, all_pairs(other), [i % 2 == 0 for i in range(4)], 0))
+    if stage == 'grpo':
+        with pytest.raises(ValueError, match='of another run'): begin(items, examples, judge=lambda q, said: Score(1.))
+    assert len(begin(items, examples)) == 3
 
 
 def test_full_disk(tmp_path, monkeypatch):
