@@ -77,8 +77,8 @@ def sampling_of(model:ClearModel, steps:int=None, **changes)->Sampling: # steps:
 def _words(model:ClearModel, text:str)->Text: return Text(tuple(model.tokenizer.encode(text, add_special_tokens=False)))
 
 def cued(model:ClearModel, question:str)->str:
-    "The question as the model's training put it: the embedded model thinks when it is told to."
-    return f'{question} {model.cfg.cue}'.rstrip()
+    "The question as the model's training put it: the embedded model thinks when it is told to; without a cue nothing changes."
+    return f'{question} {model.cfg.cue}'.rstrip() if model.cfg.cue else question
 
 @torch.no_grad()
 def ask(model:ClearModel, image, # path, PIL image or uint8 array

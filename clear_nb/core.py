@@ -57,7 +57,7 @@ def rng(*keys # ints and strings that name this stream
 def torch_rng(*keys, # ints and strings that name this stream
               device='cpu', # where the generator lives
              ): # torch.Generator
-    "Torch generator named by `keys` (torch takes 63 bits of the hash)."
+    "Torch generator named by `keys`: 32 bits of the hash decide on a CPU, 63 on CUDA."
     import torch
     return torch.Generator(device).manual_seed(_seed(keys) % 2**63)
 

@@ -620,9 +620,15 @@ def _pair_text(c:Claim)->str:
     a, b = (LABELS.get(m, m) for m in (c.a[0], c.b[0]))
     return f'{a}: {c.a[1]} − {c.b[1]}' if a == b else f'{c.a[1]}: {a} − {b}'
 
+def _reductions(frame, base:str)->list: # of the seeds that have both models; NaN where `base` loses nothing
+    both = _common(frame, *((m, s) for m in (base, 'clear_rl') for s in ('clean', 'hard')))
+    return [drop_reduction(part, base=base, times=1).mean for _, part in both.groupby('seed') if _drops(part, (base, 'clear_rl'))]
+
 def _drop_finding(frame, base:str, text:str, *numbers)->dict:
-    runs = [drop_reduction(part, base=base, times=1).mean for _, part in frame.groupby('seed')] if len(_drops(frame, ('clear_rl', base))) else []
-    return finding(text, f'1 − drop of {LABELS["clear_rl"]} / drop of {LABELS[base]}', drop_reduction(frame, base=base), runs, *numbers)
+    each = _reductions(frame, base)
+    runs = [x for x in each if not math.isnan(x)]
+    lost = f'; {len(each) - len(runs)} of {len(each)} seeds left out: {LABELS[base]} loses nothing there' if len(runs) < len(each) else ''
+    return finding(text, f'1 − drop of {LABELS["clear_rl"]} / drop of {LABELS[base]}{lost}', drop_reduction(frame, base=base), runs, *numbers)
 
 # %% ../nbs/lib/40_report.ipynb #d6b2e1a2
 def findings(frame:pd.DataFrame, # from `scores_frame`

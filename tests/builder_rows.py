@@ -1,6 +1,7 @@
 """A look-alike of LLaVA-OneVision with faults in it, a base model that is often wrong, and an annotator that misbehaves."""
 import hashlib
 import io
+import json
 import re
 import threading
 import time
@@ -120,6 +121,22 @@ def base(picture, prompt):
     return scene(k)[2] if rng('look-alike base', k).random() < .6 else 'I cannot tell.'
 
 
+def talkative(picture, prompt): return f'I would say that it is {base(picture, prompt)}, as far as I can see.'
+
+
+def obedient(picture, prompt):
+    """Talkative, unless it is told to say nothing else."""
+    return (base if 'nothing else' in prompt else talkative)(picture, prompt)
+
+
+def grade(request):
+    """A judge, for FakeServer: finds the true answer, or the letter, in a sentence of `talkative`."""
+    told = json.loads(re.findall(r'^\{.*\}$', request.text, re.M)[-1])
+    said = told['answer'].removeprefix('I would say that it is ').removesuffix(', as far as I can see.')
+    if 'options' in told: return said if said in told['options'] else 'Z'
+    return str(float(said == told['reference']))
+
+
 class Misbehaving:
     """The annotator, for FakeServer: what it says depends on the request; the first time it may not come through."""
     def __init__(self, outages=True, hang=.3, pause=0.): # hang: seconds without a reply; pause: before each reply
@@ -168,7 +185,6 @@ def build_here(source, out, url, n, limit, pipe):
 
 if __name__ == '__main__': # a build in a process of its own; prints accounts and peak memory
     import argparse
-    import json
 
     from clear_nb.adapters import open_adapter
     from clear_nb.builder import Recipe, build_training, open_folder

@@ -1,4 +1,5 @@
 """Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
+import copy
 import io
 import json
 import logging
@@ -82,6 +83,16 @@ def test_clear_is_generate(model):
         assert told['texts'] == alone.texts and told['restored'] == len(alone.restorations) and r.text == response(alone.texts)
     assert {json.loads(r.detail)['restored'] for r in replies} - {0} # at least one row restored
     assert [r.detail for r in adapter(samples[::-1])][::-1] == [r.detail for r in replies]
+
+
+def test_prompt_is_verbatim(model):
+    "The request of a multiple-choice question keeps the blank and line break at its end; a cue comes behind them."
+    s, tok = replace(rows(1)[0], options=dict(A='x', B='y')), model.tokenizer
+    for cue, end in (('', ''), ('think first', ' think first')):
+        other = copy.copy(model)
+        other.cfg = replace(model.cfg, cue=cue)
+        _, prompt = ClearAdapter(other, max_new=5, steps=3)._segments(s)
+        assert prompt[-1].ids == tuple(tok.encode(prompt_of(s) + end, add_special_tokens=False)) and prompt_of(s).endswith('above. \n')
 
 
 def test_row_noise_is_drawn_like_noise():

@@ -2,10 +2,11 @@
 import tomllib
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from clear_nb.answer import answer, ask, check_out, check_room, main, newest, sampling_of, save_images
+from clear_nb.answer import answer, ask, check_out, check_room, cued, main, newest, sampling_of, save_images
 from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.generate import Noise, generate
 from clear_nb.model import export_bagel
@@ -61,6 +62,12 @@ def test_is_generate(restorer, photo):
     s = sampling_of(restorer, steps=3, max_new=4)
     r = generate(restorer, [ask(restorer, photo, QUESTION)], s, Noise('answer', 5))[0]
     assert answer(photo, QUESTION, restorer, seed=5, steps=3, max_new=4, progress=False).texts == r.texts
+
+
+def test_cue(restorer):
+    "Behind a blank where a model has one; without one the question stays as it is, to the last line break."
+    told, bare = (SimpleNamespace(cfg=replace(restorer.cfg, cue=cue)) for cue in ('think first', ''))
+    for q in (QUESTION, 'A or B? \n', '\n a \n\n'): assert cued(told, q) == f'{q} think first' and cued(bare, q) == q
 
 
 def test_published_folder(restorer, photo, tmp_path):

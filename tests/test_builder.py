@@ -5,16 +5,20 @@ import multiprocessing
 import re
 import signal
 import time
+import zlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builder_rows import BAD, Misbehaving, base, build_here, expected, good_row, write_source
+from builder_rows import BAD, Misbehaving, base, build_here, expected, good_row, grade, talkative, write_source
 from clear_nb import bench, builder as bd
 from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
+from clear_nb.bench_files import Sample
 from clear_nb.core import read_records
+from clear_nb.judge import LLMJudge, Replies
 from clear_nb.report import table8
 from clear_nb.reward import right
 from clear_nb.server import Server
@@ -227,6 +231,119 @@ def test_base_server_refuses(source, tmp_path, hasty):
         assert lines(tmp_path/'base.jsonl') == 5 and len(server.requests) == 6
         server.default = 'no'
         assert len(ask()) == 80 == len(server.requests) - 1
+
+
+# ---------------------------------------------------------------- was the base model right?
+
+@pytest.mark.parametrize('truth, said, right', [
+    ('Yes', 'Yes, it is raining.', True), ('no', 'No.', True), ('yes', 'No, it is dry.', False), ('No', 'yes or no', False), ('yes', 'It rains.', False),
+    ('2', '<think>one, or 2</think>2', True), ('2', '<think>2</think>one', False), ('black cat', 'A black cat.', True), ('black', 'The cat is black.', False)])
+def test_reading(truth, said, right):
+    """Without its thoughts; yes and no out of a sentence, other words only where nothing else is said."""
+    assert bd.base_right(Sample('x', '1', 'What?', truth, b''), said) == right
+
+
+def test_reading_options():
+    s = Sample('x', '1', 'Is it?', 'B', b'', dict(A='yes', B='no'))
+    assert all(bd.base_right(s, said) for said in ('B', 'b', '(B) no', 'It is B.', 'no')) and not any(bd.base_right(s, said) for said in ('A', 'yes', 'A or B'))
+
+
+JUDGED = bd.Recipe(n=8, share=1., spare=6., relative=True)
+
+
+def asked_base(source, out, adapter, judge=None):
+    """Stages A and B; by key: is the row on the restore pathway?, and should it be?"""
+    bd.select(bd.open_folder(source), out, JUDGED, progress=False)
+    said = bd.answer_all(adapter, out, JUDGED, progress=False)
+    rows = {r['key']: r for f in bd._candidate_files(out) for r in bd._columns(f, bd._TEXTS)}
+    truth = {k: not right(bd.sample_of(r), base(None, r['question'])) for k, r in rows.items()}
+    return {c.key: c.restore for c in bd.candidates(out, said, JUDGED, judge, progress=False)}, truth
+
+
+def judge_at(url, out, **kw): return LLMJudge('toy-judge', url, cache=out/'judge.jsonl', **dict(timeout=5., tries=1) | kw)
+
+
+def test_instruction(source, tmp_path, hasty, capsys):
+    """A base model that talks is told to be short, and its right answers count; the instruction is a setting of the build."""
+    def ask(out, *more): return bench.main(['build-data', '--source', str(source), '--base', 'python:builder_rows:obedient', '--annotator', 'm', '--out', str(out), '--n', '8', '--set', 'share=1', 'spare=6', 'relative=true', '--estimate', *more])
+    def ways(out): return asked_base(source, out, CallableAdapter(base, 'base'))
+    assert ask(tmp_path/'a') == ask(tmp_path/'b', '--instruction', '') == 0
+    (told, truth), (bare, _) = ways(tmp_path/'a'), ways(tmp_path/'b')
+    assert told == truth and sum(bare.values()) > sum(truth.values()) + 10
+    settings = [json.loads((tmp_path/n/'building.json').read_text())['base']['instruction'] for n in 'ab']
+    assert settings == [bd.INSTRUCTION, '']
+    assert ask(tmp_path/'a', '--instruction', '') == 2 and 'begun with other settings: base' in capsys.readouterr().err
+
+
+def test_judge(source, tmp_path, hasty):
+    """A judge reads the sentences that the rule cannot; nothing is asked twice."""
+    with FakeServer(default=grade) as server:
+        by_rule, truth = asked_base(source, tmp_path, CallableAdapter(talkative, 'base'))
+        assert sum(by_rule.values()) > sum(truth.values()) + 10
+        assert asked_base(source, tmp_path, CallableAdapter(talkative, 'base'), judge_at(server.url, tmp_path))[0] == truth
+        n = len(server.requests)
+        assert n == lines(tmp_path/'judge.jsonl') <= len(truth)
+        assert asked_base(source, tmp_path, CallableAdapter(talkative, 'base'), judge_at(server.url, tmp_path))[0] == truth and len(server.requests) == n
+
+
+def test_judge_reads_no_plain_answers(source, tmp_path, hasty):
+    """What equals the truth is right without asking."""
+    with FakeServer(default=grade) as server:
+        ways, truth = asked_base(source, tmp_path, CallableAdapter(base, 'base'), judge_at(server.url, tmp_path))
+    assert ways == truth and len(server.requests) <= sum(truth.values())
+
+
+def test_judge_goes_away(source, tmp_path, hasty):
+    """Silence is no wrong answer: the run stops with one sentence and goes on where it was, or leaves the rows out when told to."""
+    ask = lambda: asked_base(source, tmp_path, CallableAdapter(talkative, 'base'), judge_at(server.url, tmp_path))
+    with FakeServer(default=grade) as server:
+        some = lambda request: Status(503) if zlib.crc32(request.text.encode()) % 4 == 0 else grade(request)
+        server.default = some
+        with pytest.raises(ConnectionError, match=r'the judge gave no reply about \d+ of \d+ answers \(first: .*\); start again'): ask()
+        kept = lines(tmp_path/'judge.jsonl')
+        said, light = Replies(tmp_path/'base.jsonl'), replace(JUDGED, drop_silent=True)
+        ways = [c.restore for c in bd.candidates(tmp_path, said, light, judge_at(server.url, tmp_path), progress=False)]
+        assert kept > 20 and ways.count(None) > 5 and True in ways and False in ways
+        server.default = Status(503)
+        with pytest.raises(ConnectionError, match='the judge'): ask()
+        server.default, before = grade, len(server.requests)
+        ways, truth = ask()
+        assert ways == truth and len(server.requests) - before == lines(tmp_path/'judge.jsonl') - kept
+        server.default = Status(401, 'bad key')
+        with pytest.raises(PermissionError, match='refused the key'): asked_base(source, tmp_path, CallableAdapter(talkative, 'base'), judge_at(server.url, tmp_path/'other'))
+
+
+def test_silent_judge_ends_early(tmp_path, hasty):
+    """A judge that answers nobody is not asked about everything."""
+    asked = [(Sample('x', '1', f'What is {k}?', 'a', b''), 'some b') for k in range(200)]
+    with FakeServer(default=Status(503)) as server:
+        with pytest.raises(ConnectionError, match='the judge does not answer'): bd.ways_of(asked, JUDGED, judge_at(server.url, tmp_path), 2, False)
+        assert len(server.requests) == 16
+
+
+def test_judge_talks_nonsense(source, tmp_path, hasty):
+    """Rows that the judge says nothing of use about are in neither pathway, and counted; a judge that never does ends the build."""
+    odd = lambda request: 'Well, that depends.' if zlib.crc32(request.text.encode()) % 5 == 0 else grade(request)
+    with FakeServer(default=Misbehaving(outages=False)) as annotator, FakeServer(default=odd) as server:
+        m = build(source, annotator.url, tmp_path/'a', JUDGED, CallableAdapter(talkative, 'base'), judge=judge_at(server.url, tmp_path/'a'))
+        a = m['accounts']
+        assert a['unjudged'] > 5 and a['rows'] == sum(v for k, v in a.items() if k not in ('rows', 'examples', 'unreadable_shards')) + sum(a['examples'].values())
+        assert a['examples'] == dict(sft=8, rl=8) and m['reading']['judge']['model'] == 'toy-judge' and f"{a['unjudged']} unjudged" in bd._told(m)[0]
+        for r in examples(tmp_path/'a', 'sft') + examples(tmp_path/'a', 'rl'): assert r['restore'] == (not right(bd.sample_of(r), base(None, r['question'])))
+        with pytest.raises(ValueError, match='begun with other settings: reading'): build(source, annotator.url, tmp_path/'a', JUDGED, CallableAdapter(talkative, 'base'))
+        server.default = 'Well, that depends.'
+        with pytest.raises(ValueError, match=r'the judge scored none of \d+ answers'): build(source, annotator.url, tmp_path/'b', JUDGED, CallableAdapter(talkative, 'base'), judge=judge_at(server.url, tmp_path/'b'))
+
+
+def test_judge_of_the_command(source, tmp_path, hasty, capsys):
+    """`--estimate` asks nobody and says what the judge would have to read; the build asks exactly that."""
+    common = ['build-data', '--source', str(source), '--base', 'python:builder_rows:talkative', '--out', str(tmp_path/'out'), '--n', '8', '--set', 'share=1', 'spare=6', 'relative=true']
+    with FakeServer(default=Misbehaving(outages=False)) as annotator, FakeServer(default=grade) as server:
+        ask = [*common, '--annotator', f'fake@{annotator.url}', '--judge', f'toy-judge@{server.url}', '--workers', '2']
+        assert bench.main([*ask, '--estimate']) == 0 and annotator.requests == server.requests == []
+        told = re.search(r'before that the judge has (\d+) answers to read \([\d,]+ tokens in\)', capsys.readouterr().out)
+        assert bench.main(ask) == 0 and len(server.requests) == int(told[1]) == lines(tmp_path/'out'/'judge.jsonl')
+    assert 'examples: sft 8, rl 8' in capsys.readouterr().out
 
 
 def test_full_disk(built, source, tmp_path, start):

@@ -44,6 +44,15 @@ def test_generators_are_pinned():
     assert torch.randint(10**6, (3,), generator=torch_rng('pin', 0)).tolist() == [425447, 357685, 689287]
 
 
+def test_torch_reads_32_bits_on_a_cpu():
+    """What the text says of `torch_rng`: the low 32 bits of the hash decide on a CPU."""
+    draw = lambda seed: torch.randn(4, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(12345), draw(12345 + 2**32)) and not torch.equal(draw(12345), draw(12345 + 2**31))
+    seed = torch_rng('pin', 0).initial_seed()
+    assert seed >= 2**32 and torch.equal(draw(seed), draw(seed % 2**32))
+    assert '32 bits of the hash decide on a CPU' in torch_rng.__doc__
+
+
 def test_streams_differ():
     """1000 names, 1000 streams; concatenation cannot make two names equal."""
     assert len({rng('x', i).integers(2**62) for i in range(1000)}) == 1000

@@ -370,6 +370,23 @@ def test_drop_reduction():
     assert str(drop_reduction(made((60, 60), (80, 70)))) == 'unknown'
 
 
+def test_drop_over_seeds():
+    """A seed without CLEAR changes nothing; one in which the base model loses nothing is left out and named; both go the way of the other claims."""
+    cell = lambda k: dict(correct='1'*k+'0'*(200-k), item_ids='x')
+    def row(*runs): # runs: per seed, model to (clean, hard)
+        scores = [{m: {'x': dict(clean=cell(a), hard=cell(b))} for m, (a, b) in run.items()} for run in runs]
+        return findings(scores_frame([make_record('04_mmd_bench', dict(scores=s), load_preset('smoke'), k) for k, s in enumerate(scores)]), claims=()).iloc[0]
+    common = [dict(base=(180, 100), clear_rl=(180, hard)) for hard in (102, 110, 175)]
+    want = row(*common)
+    assert (want['seeds in favour'], want.verdict) == ('3 of 3', 'shown for these seeds') and 'left out' not in want.compared
+    assert row(*common, dict(base=(180, 90))).equals(want)
+    flat = row(*common, dict(base=(100, 100), clear_rl=(180, 170)))
+    assert flat.compared == f'{want.compared}; 1 of 4 seeds left out: {LABELS["base"]} loses nothing there'
+    assert all(flat[k] == want[k] for k in ('seeds in favour', '95 % over seeds', 'verdict'))
+    none = row(dict(base=(180, 90)))
+    assert (none['seeds in favour'], none.verdict) == ('0 of 0', 'unknown') and 'left out' not in none.compared
+
+
 def paired_record(correct, pairs, **cell):
     """One condition of an MMVP-like set, its pictures in neighbouring pairs."""
     cell = dict(correct=correct, pairs=pairs, item_ids='x', **cell)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     'judge': ['reward', 'server'],
     'grpo': ['base', 'judge', 'train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'],
-    'builder': ['bench_files', 'data', 'images', 'judge', 'reward', 'server'],
+    'builder': ['bench_files', 'data', 'images', 'judge', 'reward', 'scoring', 'server'],
     'scoring': ['reward', 'judge'],
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
     'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report'],
