@@ -243,9 +243,12 @@ def blocks(source:Source, seed:int, at:tuple)->Iterator: # at: (shard, row); yie
     "The source from a position on."
     shards = source.order(seed)
     for k, (name, subset, opened) in list(enumerate(shards))[at[0]:]:
-        row = at[1] if k == at[0] else 0
+        row, foreign = at[1] if k == at[0] else 0, False
         try:
-            for row, rows in _shard_blocks(opened, row): yield (k, row), name, subset, rows
+            for row, rows in _shard_blocks(opened, row):
+                if foreign := rows and not {'image', 'conversations'} & rows[0].keys(): break
+                yield (k, row), name, subset, rows
+            if foreign: yield (k + 1, 0), name, subset, ValueError(f"no columns 'image' and 'conversations', but {', '.join(rows[0])}")
         except (OSError, ValueError) as e: # of pyarrow and datasets; a number of the system is no damage
             if not source.local or getattr(e, 'errno', None): raise ConnectionError(f'{source.name}: shard {name} cannot be read behind row {row} ({e}); start again later, what is finished is kept.') from e
             yield (k + 1, 0), name, subset, e
@@ -694,13 +697,15 @@ class Estimate:
     price:tuple|None = None # in the currency of the prices
     minutes:tuple|None = None # at the given requests per minute
     judged:tuple|None = None # with a judge: answers it has still to read, tokens of its prompts
+    wanted:int = 0 # traces that the recipe asks for
 
     def __str__(self):
         span = lambda what, ab, digits=0: f'{ab[0]:,.{digits}f} to {ab[1]:,.{digits}f} {what}'
         parts = [span('requests', self.requests), span('tokens in', self.tokens_in), span('tokens out', self.tokens_out)]
         parts += [span(what, ab, digits) for what, ab, digits in (('in money', self.price, 2), ('minutes', self.minutes, 1)) if ab]
         judge = '; before that the judge has {:,} answers to read ({:,} tokens in), which may move rows to the other pathway'.format(*self.judged) if self.judged else ''
-        return f"{self.traces:,} traces: {', '.join(parts)}; {self.kept:,} replies are kept already{judge}"
+        short = f' (of {self.wanted:,} wanted: the source holds no more of the rarer pathway; raise share or spare in a new folder)' if self.traces < self.wanted else ''
+        return f"{self.traces:,} traces{short}: {', '.join(parts)}; {self.kept:,} replies are kept already{judge}"
 
 # %% ../nbs/lib/35_builder.ipynb #5ce6f4fe
 def estimate(q:dict, r:Recipe, kept:int=0, prices:tuple|None=None, rpm:float|None=None, # q: of `queues`; prices: of a million tokens in and out
@@ -712,7 +717,7 @@ def estimate(q:dict, r:Recipe, kept:int=0, prices:tuple|None=None, rpm:float|Non
     spans = [(x, x*(r.regenerations + 1)) for x in least]
     price = tuple((i*prices[0] + o*prices[1])/1e6 for i, o in zip(*spans[1:])) if prices else None
     judged = None if prompts is None else (len(prompts), sum(map(len, prompts))//4)
-    return Estimate(len(chosen), kept, *spans, price, tuple(x/rpm for x in spans[0]) if rpm else None, judged)
+    return Estimate(len(chosen), kept, *spans, price, tuple(x/rpm for x in spans[0]) if rpm else None, judged, r.n)
 
 # %% ../nbs/lib/35_builder.ipynb #1da6aab0
 _EXAMPLE = pa.schema([(k, pa.string()) for k in _TEXTS] + [('restore', pa.bool_()), ('texts', pa.list_(pa.string())), ('image', pa.binary()), ('seen', pa.binary())])
@@ -821,6 +826,12 @@ def _finish(out:Path, settings:dict, r:Recipe, said:Replies, light:list, traced:
     with atomic_path(out/'manifest.json') as tmp: tmp.write_text(json.dumps(manifest, indent=1) + '\n')
     return manifest
 
+# %% ../nbs/lib/35_builder.ipynb #7a1c0f01
+def _nothing(source:Source, out:Path, r:Recipe)->str: # why there are no candidates
+    reasons, rows = Counter(f'{x["reason"]} ({x["detail"]})' if x['detail'] else x['reason'] for x in _rejected(out, {})), sum(Found.of(f).counts['rows'] for f in _candidate_files(out))
+    why = '; '.join(f'{n} x {text}' for text, n in reasons.most_common(3)) or 'none'
+    return f'no row of {source.name} became an example: {rows:,} rows, of which a share of {r.share} is looked at; rejected: {why}. Raise share, or give a --source with rows like those of LLaVA-OneVision, in a new folder.'
+
 # %% ../nbs/lib/35_builder.ipynb #41bad89a
 def build_training(source:Source, base, # base: an adapter; give it an instruction such as `INSTRUCTION`
                    server, # annotator: `Server`, or anything with `model` and `ask`; None: stop after the estimate
@@ -838,6 +849,7 @@ def build_training(source:Source, base, # base: an adapter; give it an instructi
         select(source, out, r, threads, progress)
         said = answer_all(base, out, r, progress)
         light = candidates(out, said, r, judge, workers, progress)
+        if not light: raise ValueError(_nothing(source, out, r))
         a = Annotator(server, Replies(out/'annotator.jsonl'), r.regenerations + 1, patience, request)
         cost = estimate(q := queues(light, 'sft', r), r, len(a.kept), prices, rpm, getattr(judge, 'prompts', None))
         if server is None: return cost

@@ -3,6 +3,7 @@ import hashlib
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import time
 import zlib
@@ -10,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -436,7 +438,29 @@ def test_short_source(source, tmp_path, hasty, capsys):
     with FakeServer(default=Misbehaving(outages=False)) as server:
         args = ['build-data', '--source', str(source), '--base', 'python:builder_rows:base', '--out', str(tmp_path/'out'), '--n', '2000', '--set', 'share=1', 'relative=true']
         assert bench.main([*args, '--annotator', f'fake@{server.url}', '--workers', '2']) == 1
-    out = capsys.readouterr()
-    assert 'fewer examples than the 2,000 wanted' in out.err
+        out = capsys.readouterr()
+        assert bench.main([*args[:6], str(tmp_path/'new'), *args[7:], '--annotator', 'fake@http://127.0.0.1:9/v1', '--estimate']) == 0
+    assert 'fewer examples than the 2,000 wanted' in out.err and 'traces (of 2,000 wanted: the source holds no more' in capsys.readouterr().out
     m = bd.read_manifest(tmp_path/'out')['statistics']
     assert m['direct'] == m['restore'] > 50
+
+
+def test_foreign_source(source, tmp_path, hasty, capsys):
+    """Parquet files of something else: the columns are named; beside good shards they are rejects."""
+    foreign = tmp_path/'foreign'
+    foreign.mkdir()
+    pq.write_table(pa.Table.from_pylist([dict(index=1, reply='A')]*300), foreign/'results.parquet')
+    args = ['build-data', '--base', 'python:builder_rows:base', '--n', '20', '--set', 'share=1', 'relative=true', '--annotator', 'fake@http://127.0.0.1:9/v1', '--estimate']
+    assert bench.main([*args, '--source', str(foreign), '--out', str(tmp_path/'out')]) == 2
+    err = capsys.readouterr().err
+    assert "no columns 'image' and 'conversations', but index, reply" in err and 'no row of' in err and 'Traceback' not in err
+    shutil.copytree(source, foreign/'good')
+    assert bench.main([*args, '--source', str(foreign), '--out', str(tmp_path/'both'), '--n', '2000']) == 0
+    assert sum(r[1] == 'unreadable shard' and 'index, reply' in r[2] for f in bd._candidate_files(tmp_path/'both') for r in bd.Found.of(f).rejects) == 1
+
+
+def test_nothing_drawn(source, tmp_path, hasty, capsys):
+    """A share so small that no row is looked at is an error, and not an estimate of 0 traces."""
+    args = ['build-data', '--base', 'python:builder_rows:base', '--source', str(source), '--out', str(tmp_path/'out'), '--n', '20', '--set', 'share=1e-9', '--annotator', 'm@http://127.0.0.1:9/v1', '--estimate']
+    assert bench.main(args) == 2
+    assert 'of which a share of 1e-09 is looked at; rejected: 1 x unreadable shard' in capsys.readouterr().err
