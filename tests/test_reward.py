@@ -41,6 +41,8 @@ MALFORMED = {
     'nothing': [''], 'no text': [], 'answer only': [ANSWER], 'thought only': [THINK], 'junk before': ['so ' + THINK + ANSWER],
     'junk after': [THINK + ANSWER + ' so'], 'two answers': [THINK + ANSWER*2], 'two thoughts': [THINK*2 + ANSWER],
     'answer first': [ANSWER + THINK], 'empty answer': [THINK + '<answer></answer>'], 'empty thought': ['<think></think>' + ANSWER],
+    'blank answer': [THINK + '<answer> \n</answer>'], 'blank thought': ['<think> </think>' + ANSWER], 'all blank': ['<think> </think><answer> </answer>'],
+    'blank thought before restoring': ['<think>\t</think>' + MARKER, THINK + ANSWER], 'blank thought after it': [THINK + MARKER, '<think> </think>' + ANSWER],
     'open answer': [THINK + '<answer>red'], 'nested': ['<think><answer>red</answer></think>' + ANSWER],
     'marker in thought': [f'<think>{MARKER}</think>' + ANSWER], 'marker at the end': [THINK + MARKER],
     'marker after answer': [THINK + ANSWER + MARKER], 'no second thought': [THINK + MARKER, ANSWER],
