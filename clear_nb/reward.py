@@ -43,15 +43,25 @@ def read_score(text:str # a judge model's reply
     return Score(value) if 0 <= value <= 1 else Unparsable(f'no score in [0, 1]: {text[:80]!r}')
 
 # %% ../nbs/lib/23_reward.ipynb #beaa0c41
+_same = str.maketrans({c: '-' for c in '\u2010\u2011\u2012\u2013\u2014\u2212'} | {'\u2044': '/', '\u2236': ':'}) # dashes and the true minus, fraction and ratio
+_marks = [(r'\$([^$]*)\$', r' \1 '),                                     # $5$ is a formula, not a price
+          (r'\b(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})\b', r'\1 \3 \4'),    # 24/12/2025
+          (r'(?<=\d)\s*([:/])\s*(?=\d)', r'\1'), (r'=\s*-\s*', '=-')]    # 3 : 5, x = - 2
+_unit = '%‰°$€£¥'
+_token = rf'(?<![\w)\]{_unit}])-(?=[{_unit}]?\.?\d)|(?<==)-(?=\w)|(?<![\w.])\.(?=\d)|(?:[^\W_]|(?<=\d)[.:/](?=\d))+|[{_unit}]' # sign, point, word or number, unit
+
 def normalise(text:str)->str:
-    "Lower case, words only, single spaces, no articles (unless the article is all there is)"
-    words = re.sub(r'[\W_]+', ' ', unicodedata.normalize('NFKC', text).casefold()).split()
+    "Lower case, words, numbers and their units, single spaces, no articles (unless the article is all there is)"
+    text = re.sub(r'^\s*\u2212\s+(?=\.?\d)', '-', unicodedata.normalize('NFKC', text).casefold()).translate(_same)
+    for old, new in _marks: text = re.sub(old, new, text)
+    words = re.findall(_token, text)
     return ' '.join([w for w in words if w not in ('a', 'an', 'the')] or words)
 
+# %% ../nbs/lib/23_reward.ipynb #a4afd14f
 def number(text:str # a whole answer
           ): # float, or None when the text is not exactly one number
     "Value of a number with optional sign, decimals and thousands separators"
-    text = text.strip().rstrip('.')
+    text = text.translate(_same).strip().rstrip('.')
     ok = re.fullmatch(r'[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?', text) and re.search(r'\d', text)
     return float(text.replace(',', '')) if ok else None
 

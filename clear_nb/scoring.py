@@ -58,29 +58,8 @@ def answer_text(said:str)->str:
     blocks = re.findall(r'<answer>(.*?)</answer>', said, re.S | re.I)
     return (blocks[-1] if blocks else said.rpartition('</think>')[2]).strip()
 
-def _plain(text)->str: # compatibility forms, straight apostrophes, single blanks
-    return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('\u2019', "'").split())
-
-# %% ../nbs/lib/34_scoring.ipynb #379aeadc
-_article = r'\bA\b(?=\s+[a-z])(?!\s+(?:is|was|because|since|as|and|or)\b)'
-_cue = r'\b(?i:answer(?:\s+is|\s*:|\s+should be|\s+would be)+\W*(?:option\s+|choice\s+)?)\W*(?:([a-zA-Z])(?=\W*$|[).,:;\]*!])|([A-Z])\b)'
-
-def _alone(text:str, options:Mapping)->str|None: # the reply is one letter, or says nothing but "option b"
-    found = re.fullmatch(r'\W*(?:(?:option|choice)\W+)?([a-zA-Z])\W*', text, re.I)
-    return found[1].upper() if found and (found[1].upper() in options or found[1] == 'Z') else None
-
-def _cued(text:str, options:Mapping)->str|None: # the last letter after "answer is"
-    found = [(a or b).upper() for a, b in re.findall(_cue, re.sub(_article, ' ', text))]
-    return found[-1] if found and found[-1] in options else None
-
-# %% ../nbs/lib/34_scoring.ipynb #bb9c2828
-def _standing(text:str, options:Mapping)->str|None: # the only letter in the text
-    text = re.sub(_article, ' ', text)
-    capitals = set(re.findall(r"(?<![\w'])[A-Z](?![\w'])", text))
-    upper = {c for c in capitals if c in options}
-    lower = {c.upper() for pair in re.findall(r'\(([a-z])\)|^\W*([a-z])\s*[).:\]]', text) for c in pair if c.upper() in options}
-    found = upper | lower or capitals & {'Z'}
-    return found.pop() if len(found) == 1 else None
+def _plain(text)->str: # compatibility forms, straight apostrophes, plain minus, single blanks
+    return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('\u2019', "'").replace('\u2212', '-').split())
 
 # %% ../nbs/lib/34_scoring.ipynb #7018bafb
 _letter = r'[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]' # of a script that puts blanks between words, or a digit
@@ -102,6 +81,88 @@ def _mentioned(text:str, options:Mapping)->str|None:
     found = [c for c, ss in spans.items() if any(not inside(s) for s in ss)]
     return found[0] if len(found) == 1 else None
 
+# %% ../nbs/lib/34_scoring.ipynb #cfe127aa
+_verbs = 'is|isn|was|wasn|has|does|doesn|did|would|could|should|cannot|looks|seems|appears|matches|fits|shows|depicts|describes|represents|contains'
+_links = ('are|were|and|or|but|nor|not|because|since|as|if|though|although|while|whereas|when|where|which|that|so|than|rather|instead|over|based|due|given|'
+          'considering|according|in|on|at|by|for|from|of|to|with|the|it|here|there')
+_article = rf'(?<!(?i:option|choice) )\bA\b(?=\s+[a-z])(?!\s+(?:{_verbs}|{_links})(?![\w-]))'
+_said = r'\banswer(?:\s+is\b|\s*:|\s+(?:should|would|must)\s+be\b)+\W*(?:(?:most\s+likely|likely|probably|clearly|definitely)\W+)?'
+_choose = r'\b(?:choose|chose|pick(?:ed)?|select(?:ed)?|go(?:ing)?\s+with)\s+'
+
+# %% ../nbs/lib/34_scoring.ipynb #fe0ca197
+def _lowered(text:str, options:Mapping)->str: # of the same length
+    "A text with its articles in lower case."
+    texts = [_pattern(o.casefold()) for o in map(_plain, options.values()) if o]
+    def change(m):
+        if not re.search(rf'(?i:{_said}|{_choose}|\banswer\s)$', text[max(0, m.start() - 60):m.start()]): return 'a'
+        rest = re.split(r'[.!?;](?:\s|$)', text[m.end():m.end() + 200], maxsplit=1)[0].casefold() # of the sentence
+        return 'a' if any(re.search(t, rest) for t in texts) else 'A'
+    return re.sub(_article, change, text)
+
+# %% ../nbs/lib/34_scoring.ipynb #d318b876
+def _alone(text:str, options:Mapping)->str|None: # the reply is one letter, or says nothing but "option b"
+    found = re.fullmatch(r'\W*(?:(?:option|choice)\W+)?([a-zA-Z])\W*', text, re.I)
+    return found[1].upper() if found and (found[1].upper() in options or found[1] == 'Z') else None
+
+# %% ../nbs/lib/34_scoring.ipynb #9b1f9113
+_named = r'(?:(?:option|choice)\W+)?'
+_also = (r'(?!,\s*[A-Z]\s+and\s+[A-Z]\s+are\s+(?:both\s+)?(?:not|wrong|incorrect|false|too)\b)' # "B, A and C are wrong" names B alone
+         r'(?:[\s,/&|()\[\]*"\']|(?i:\b(?:and|or|maybe|perhaps|possibly|even|also|option|choice)\b))+'
+         rf'(?:([A-Z])\b(?!\s+(?:{_verbs})(?![\w-]))|([a-z])(?=\W*$|[),;\]]))')
+_back = r'(?i:\bno\b[,.:;!]|\b(?:no\s+wait|wait|actually|sorry|correction|i\s+mean|on\s+second\s+thoughts?)\b)'
+_not = r"\b(?:not|neither|nor|never|eliminate|exclude|rule\s+out|\w+n't)\s+"
+_false = (r'(?:(?:is|was|seems|looks|must\s+be)\s+(?:clearly\s+)?(?:wrong|incorrect|false|impossible|excluded|ruled\s+out)'
+          r"|(?:(?:is|was|does|could|would|can)(?:\s*not|n't)|can't)\s+(?:be\s+)?(?:the\s+)?(?:right|correct|true|answer|possible|match|fit|it))\b")
+_deny = rf'(?i:{_not}(?:(?:be|choose|pick|select|go\s+with|either|option|choice)\s+)*)["(*]*([A-Z])\b|\b([A-Z])\b["*)]*\s+(?i:{_false})|\b([A-Z])\W*\?\W*(?i:no)\b'
+
+# %% ../nbs/lib/34_scoring.ipynb #c0bff085
+def _capitals(text:str)->set: return set(re.findall(r"(?<![\w'])[A-Z](?![\w'])", text))
+
+def _denied(text:str)->set: # letters of which the text says that they are wrong
+    return {c for found in re.findall(_deny, text) for c in found if c}
+
+def _unsure(c:str, rest:str, options:Mapping)->bool: # rest: what follows the letter c
+    "Does a reply add a letter to this one, take it back or deny it?"
+    if own := _plain(options.get(c, '')): rest = re.sub(r'^\W+(?:(?:an?|the)\s+)?' + _pattern(own), '', rest, flags=re.I)
+    more, back = re.match(_also, rest), re.search(_back, rest)
+    others = ({(more[1] or more[2]).upper()} if more else set()) | (_capitals(rest[back.end():]) if back else set())
+    return bool(others & set(options) - {c}) or c in _denied(c + rest)
+
+# %% ../nbs/lib/34_scoring.ipynb #4822f9b8
+_answered = rf'(?i:{_said}{_named})(?:([a-zA-Z])(?=\W*$|[).,:;\]*!])|([A-Z])\b)'
+_chosen = (rf'(?i:{_choose}{_named})["(*]*([A-Z])\b|(?<!\w)([A-Z])["*)]*\s+(?i:is|seems|must\s+be)\s+(?i:the\s+)?'
+           r'(?i:right(?!\s+(?:of|next|above|below|beside|behind|in|at|to)\b)|correct|best|answer)\b')
+_shared = rf'(?i:\b(?:if|whether|unless)\s+{_named})$|\b[A-Z]\b\W+(?i:(?:or|and|nor)\s+)?(?i:{_named})\W*$' # before a letter that is not chosen alone
+
+def _hits(cue:str, text:str)->list: # (letter, text before it, text after it), without questions
+    spans = [(m[m.lastindex].upper(), *m.span(m.lastindex)) for m in re.finditer(cue, text)]
+    return [(c, text[:a], text[b:]) for c, a, b in spans if not re.match(r'\W*\?', text[b:])]
+
+# %% ../nbs/lib/34_scoring.ipynb #96aa84ad
+def _cued(text:str, options:Mapping)->str|None: # a letter, '' when it is unsure, None without a cue
+    "The last letter after *answer is*, or else the only one that is chosen."
+    text = _lowered(text, options)
+    if hits := _hits(_answered, text):
+        c, _, rest = hits[-1]
+        return '' if _unsure(c, rest, options) else c if c in options else None
+    denied = _denied(text)
+    fair = lambda c, before, rest: c in options and c not in denied and not re.search(_shared, before) and not _unsure(c, rest, options)
+    found = {hit[0] for hit in _hits(_chosen, text) if fair(*hit)}
+    return found.pop() if len(found) == 1 else None
+
+# %% ../nbs/lib/34_scoring.ipynb #efa3d07a
+def _standing(text:str, options:Mapping)->str|None: # a letter, '' when it is unsure, None without one
+    "The only letter in the text; unsure beside an article A, unless that follows a letter or the text of the letter's option is mentioned."
+    plain = _lowered(text, options)
+    capitals = _capitals(plain)
+    upper = {c for c in capitals if c in options}
+    lower = {c.upper() for pair in re.findall(r'\(([a-z])\)|^\W*([a-z])\s*[).:\]]', plain) for c in pair if c.upper() in options}
+    found = upper | lower or capitals & {'Z'}
+    if len(found) != 1: return None
+    c, articles = found.pop(), [k for k, (old, new) in enumerate(zip(text, plain)) if old != new]
+    apart = any(not re.search(r"(?<![\w'])[a-zA-Z]\W+$", text[max(0, k - 9):k]) for k in articles)
+    return '' if apart and 'A' in options and c not in ('Z', _mentioned(text, options)) else c
+
 # %% ../nbs/lib/34_scoring.ipynb #2f9a091b
 DECLINES = tuple(r.lower() for r in REFUSALS) + ('i cannot answer', "i can't answer", 'unable to answer', 'unable to determine', 'cannot determine the answer')
 
@@ -111,15 +172,21 @@ def declines(text:str, told=())->bool: # told: options or reference; a phrase th
     return any(r in text and not any(r in t for t in told) for r in DECLINES)
 
 # %% ../nbs/lib/34_scoring.ipynb #8814ebc1
+def _negated(text:str, options:Mapping)->set: # letters that are denied, or whose text is: "not a dog"
+    texts = {c: _plain(o).casefold() for c, o in options.items()}
+    return _denied(_lowered(text, options)) | {c for c, o in texts.items() if o and re.search(_not + r'(?:(?:an?|the|be)\s+)?' + _pattern(o), text.casefold())}
+
 def read_option(said:str, # an answer, see `answer_text`
                 options:Mapping, # letter to text
                )->str|None: # a letter, 'Z' for a refusal, None when nothing can be read
     "Our reading of an answer to a multiple-choice question."
     text = _plain(said)
-    whole = [c for c, o in options.items() if matches(text, _plain(o))]
-    certain = _alone(text, options) or (whole[0] if len(whole) == 1 else None) or _cued(text, options)
+    whole, cued = [c for c, o in options.items() if matches(text, _plain(o))], _cued(text, options)
+    certain = _alone(text, options) or (whole[0] if len(whole) == 1 else None) or cued
     if certain: return certain
-    return 'Z' if declines(text, options.values()) else _standing(text, options) or _mentioned(text, options)
+    if declines(text, options.values()): return 'Z'
+    found = next((f for f in (cued, _standing(text, options), _mentioned(text, options)) if f is not None), None)
+    return found if found and found not in _negated(text, options) else None
 
 # %% ../nbs/lib/34_scoring.ipynb #05cd404c
 def read_yesno(said:str)->str|None: # 'Yes', 'No' or None

@@ -18,7 +18,8 @@ from .vit import position_ids
 # %% ../nbs/lib/18_trajectory.ipynb #452a8d8a
 MARKER = '<image_restore>'
 TAGS = ('<think>', '</think>', '<answer>', '</answer>', MARKER)
-_body = r'(?:(?!</?think>|</?answer>|<image_restore>).)+?'
+_no_tag = r'(?!</?think>|</?answer>|<image_restore>)'
+_body = rf'\s*{_no_tag}\S(?:{_no_tag}.)*?' # something that is not blank
 _ask = re.compile(rf'\s*<think>{_body}</think>\s*<image_restore>\s*', re.S)
 _end = re.compile(rf'\s*<think>({_body})</think>\s*<answer>({_body})</answer>\s*', re.S)
 

@@ -112,6 +112,16 @@ def test_replies(built):
     assert set(m['rejected']['trace']) <= set(bd.FAULTS) and 0 < m['accounts']['rejected_traces'] == sum(m['rejected']['trace'].values())
 
 
+def test_blank_thoughts_are_no_trace():
+    """An annotator that leaves a thought or the answer blank has not followed the form."""
+    row = dict(source='s', key='0', question='Which animal?', answer='zebra', options='{}', corruption='', severity='clean')
+    assert bd.trace_fault('<think>stripes</think><answer>zebra</answer>', row, False) == ''
+    for first in ('', '<think> </think><image_restore>'):
+        for rest in ('<think> \n</think><answer>zebra</answer>', '<think>stripes</think><answer> </answer>'):
+            assert bd.trace_fault(first + rest, row, bool(first)) == 'no trajectory'
+    assert bd.trace_fault('<think> </think><image_restore><think>stripes</think><answer>zebra</answer>', row, True) == 'no trajectory'
+
+
 def test_two_builds_are_equal(built, source, tmp_path, hasty):
     """Another number of workers and threads, an annotator without outages: the same bytes."""
     out, _, _ = built

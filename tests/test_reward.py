@@ -41,6 +41,8 @@ MALFORMED = {
     'nothing': [''], 'no text': [], 'answer only': [ANSWER], 'thought only': [THINK], 'junk before': ['so ' + THINK + ANSWER],
     'junk after': [THINK + ANSWER + ' so'], 'two answers': [THINK + ANSWER*2], 'two thoughts': [THINK*2 + ANSWER],
     'answer first': [ANSWER + THINK], 'empty answer': [THINK + '<answer></answer>'], 'empty thought': ['<think></think>' + ANSWER],
+    'blank answer': [THINK + '<answer> \n</answer>'], 'blank thought': ['<think> </think>' + ANSWER], 'all blank': ['<think> </think><answer> </answer>'],
+    'blank thought before restoring': ['<think>\t</think>' + MARKER, THINK + ANSWER], 'blank thought after it': [THINK + MARKER, '<think> </think>' + ANSWER],
     'open answer': [THINK + '<answer>red'], 'nested': ['<think><answer>red</answer></think>' + ANSWER],
     'marker in thought': [f'<think>{MARKER}</think>' + ANSWER], 'marker at the end': [THINK + MARKER],
     'marker after answer': [THINK + ANSWER + MARKER], 'no second thought': [THINK + MARKER, ANSWER],
@@ -125,6 +127,19 @@ def test_order_and_company():
 def test_rule(said, truth, right):
     """Equal numbers, equal words."""
     assert matches(said, truth) == right
+
+
+UNLIKE = [('\u22125', '5'), ('-5%', '5%'), ('-5 cm', '5 cm'), ('x=-2', 'x=2'), ('x = - 2', 'x = 2'), ('y=-x', 'y=x'), ('-3°', '3°'), ('(-3, 4)', '(3, 4)'), ('-$5', '$5'), ('$-5$', '$5$'), ('-½', '½'),
+          ('3:5', '3.5'), ('3/4', '3:4'), ('1,5', '1.5'), ('.5 m', '5 m'), ('50%', '50'), ('3°', '3'), ('$5', '€5'), ('it is -5', 'it is 5')]
+ALIKE = [('\u22125', '-5'), ('\u22125.0', '-5'), ('－5％', '-5 %'), ('\u2212 5', '-5'), ('x = \u2212 2', 'x=-2'), ('5℃', '5 °C'), ('½', '1/2'), ('3 : 5', '3:5'), ('3 / 4', '3/4'), ('well-known', 'well known'),
+         ('red.', 'Red'), ('1,000', '1000'), ('12-14', '12 - 14'), ('12–14 cm', '12 - 14 cm'), ('2025-12-24', '2025/12/24'), ('24.12.2025', '24/12/2025'), ('May 5, 2020', 'may 5 2020'), ('(1, 2)', '1,2'),
+         ('(100,200)', '100, 200'), ('$5$', '5'), ('5 cm.', '5 cm'), ('+5 cm', '5 cm'), ('covid-19', 'COVID 19'), ('"5"', '5'), ('- 5', '5'), ('km/h', 'km h'), ('**-5**', '-5')]
+
+
+@pytest.mark.parametrize('said,truth', UNLIKE + ALIKE)
+def test_signs_points_and_units(said, truth):
+    """What belongs to a number is no punctuation, in any text and in any writing."""
+    assert matches(said, truth) == matches(truth, said) == ((said, truth) in ALIKE)
 
 
 def test_options_of_the_world():

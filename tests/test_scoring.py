@@ -1,5 +1,6 @@
 """Scores: the published rules to the letter, ours beside them, and nothing unknown that is counted as zero."""
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -149,11 +150,47 @@ def test_our_reading(said, letter):
     assert sc.read_option(said, PETS) == letter
 
 
+SURE = ['The answer is {c} based on the sign.', 'The correct answer is {c} due to the ears.', 'Option {c} matches the picture best.', 'I choose {c} over {d}.', 'The answer is {c} rather than {d}.',
+        'I select option {c} for it', 'We go with {c} here', '{c} looks best.', '{c} is right, since {d} shows a cat', 'Option {c} is wrong, {d} is right', 'The answer is {c}. Not {d}, because it is red.',
+        'Step 1: {d} or {e}? Step 2: {d} shows a bus. So the answer is {c}', 'The answer is {c}. Wait, the answer is {d}.', 'The answer is probably {c}, as {d} is too small', 'The answer is {c}; {d} is wrong',
+        'The answer is {c}, {d} and {e} are wrong', 'The answer is {c}? Yes.', '{c}. A puppy sits there', 'The answer is {c} most of all']
+OPEN = ['The answer is {c} or {d}.', 'Answer: {c}, {d}', 'The answer is {c} and {d}', 'Answer: {c}/{d}', 'Answer: ({c}) or maybe ({d})', 'The answer is {c}? No, it is {d}.', 'The answer is {c}. No, wait, it is {d}.',
+        'The answer is not {c}.', "The answer isn't {c}", 'Not {c}.', '{c} is wrong', "I can't choose {c}", 'Is it {c}? No.', 'Either {c} or {d} is right', '{c} looks better than {d}', 'A puppy is there, so {c}']
+SECOND = ('Option {c} is wrong', 'The answer is {c}. Wait,') # these name d
+
+
+@pytest.mark.parametrize('said', SURE + OPEN)
+def test_no_letter_is_worse_off(said):
+    """Whatever the letter and wherever the options stand, a sentence names its letter, or none if it hedges, asks, corrects or denies."""
+    texts = list(PETS.values())
+    for k in range(4):
+        options = dict(zip('ABCD', texts[k:] + texts[:k]))
+        for c, d, e in ('ABC', 'BCD', 'CDA', 'DAB', 'BAC', 'CAB', 'DBA'):
+            want = None if said in OPEN else d if said.startswith(SECOND) else c
+            assert sc.read_option(said.format(c=c, d=d, e=e), options) == want, (c, d, options)
+
+
+@pytest.mark.parametrize('said, letter', [
+    ('The answer is A dog', 'B'), ('Answer: A brown dog.', 'B'), ('I pick A dog', 'B'), ('A dog is there, so B', 'B'), ('A cat is there, so B', None), ('The answer is A, a cat', 'A'),
+    ('The answer is B (dog) or C (horse)', None), ('answer: b, c', None), ('answer: b, a dog', 'B'), ('It is not a dog', None), ('The answer is not B, dog', None), ('B is right of C', None)])
+def test_letters_and_texts(said, letter):
+    """Articles before an option, texts beside letters."""
+    assert sc.read_option(said, PETS) == letter
+
+
+def test_long_replies_are_read_at_once():
+    """A model that repeats itself costs no minutes."""
+    start = time.perf_counter()
+    for said in ('answer: ' + '.'*20_000, 'The answer is ' + '!'*20_000, 'A dog '*3000, 'answer is A dog '*1000, 'answer: A, '*2000): sc.read_option(said, PETS)
+    assert time.perf_counter() - start < 10
+
+
 @pytest.mark.parametrize('options, said, letter', [
     (dict(A='None', B='NA', C='null', D='nan'), 'None', 'A'), (dict(A='None', B='NA', C='null'), 'na', 'B'), (dict(A='red', B='dark red'), 'It is dark red', 'B'),
     (dict(A='blue', B='blue and white', C='white'), 'blue and white', 'B'), (dict(A='Yes', B='No'), 'Not sure', None), (dict(A='Yes', B='No'), 'no.', 'B'),
     (dict(A=1, B=2, C=11), 'there are 11', 'C'), (dict(A=1, B=2, C=11), '2.0', 'B'), (dict(A='', B='dog'), 'cat', None), (dict(A='same', B='same'), 'same', None),
-    (dict(A='B', B='A'), 'A', 'A'), (dict(A='红色', B='深红色'), '是深红色的', 'B'), (dict(A='3', B='5'), '3.5', None), (dict(A='3', B='5'), '-3', None)])
+    (dict(A='B', B='A'), 'A', 'A'), (dict(A='红色', B='深红色'), '是深红色的', 'B'), (dict(A='3', B='5'), '3.5', None), (dict(A='3', B='5'), '-3', None), (dict(A='3', B='-3'), 'it is \u22123', 'B'),
+    (dict(A='50', B='50%'), '50%', 'B'), (dict(A='3:4', B='3/4'), '3/4.', 'B')])
 def test_our_reading_of_odd_options(options, said, letter):
     """Missing-looking texts, nested options, numbers, empty and equal options."""
     assert sc.read_option(said, options) == letter
@@ -183,13 +220,13 @@ def test_our_reading_of_the_world():
 
 
 def test_where_the_rules_differ():
-    """Most letters are read alike; more replies are read than before; what only the kit sees is an option inside another word, an article, or a thought."""
+    """Most letters are read alike; more replies are read than before; what only the kit sees is an option inside another word, an article, a thought, or a letter that is denied."""
     ours = [sc.read_option(sc.answer_text(c['raw_response'] or c['prediction']), sc.OURS.options(c['choices'])) for c in OPTIONS]
     same = sum(o == c['expected'] is not None for o, c in zip(ours, OPTIONS))
     more = sum(o is not None and c['expected'] is None for o, c in zip(ours, OPTIONS))
     lost = {c['prediction'] for o, c in zip(ours, OPTIONS) if o is None and c['expected'] is not None}
-    assert (same, more, len(lost)) == (122, 31, 15)
-    assert {'Bdog', 'horsemanship', 'A big fish swims here', 'nan', 'Not sure', 'noon', 'reddish', 'theta', '<think>no</think>'} <= lost
+    assert (same, more, len(lost)) == (121, 32, 16)
+    assert {'A is wrong', 'Bdog', 'horsemanship', 'A big fish swims here', 'nan', 'Not sure', 'noon', 'reddish', 'theta', '<think>no</think>'} <= lost
 
 
 # Kinds and values
