@@ -648,7 +648,7 @@ HEADLINES = [c.text for c in CLAIMS if (c.a[0], c.b[0]) in QUOTED and c.b[1] in 
 def headlines(shown:pd.DataFrame # of `findings`
              )->pd.DataFrame:
     "The rows that the README quotes."
-    return shown[shown.claim.isin(HEADLINES)][['claim', 'difference', 'paper, 7B', 'seeds in favour', 'verdict']]
+    return shown[shown.claim.isin(HEADLINES)][['claim', 'compared', 'difference', 'paper, 7B', 'seeds in favour', 'verdict']]
 
 # %% ../nbs/lib/40_report.ipynb #cee7bb70
 LABELLED = {'clear_bridge': 'CLEAR, stages 1 and 2', 'always': 'the same, always restores', 'matched': 'control, never restores'} # subject to column

@@ -406,10 +406,12 @@ def score_units(rows:pd.DataFrame # of `score_rows`
 # %% ../nbs/lib/34_scoring.ipynb #d9eb189e
 def _drawn(part:pd.DataFrame, # benchmark, group and value of units
            keys:tuple, resamples:int)->np.ndarray: # keys: of the generator; resamples: a multiple of 100; (resamples,) scores
-    "Scores of groups drawn with replacement; NaN for fewer than two."
-    g, r = part.dropna(subset='value').groupby(['benchmark', 'group']).value, rng('scoring', *keys)
+    "Scores of groups drawn with replacement; NaN for fewer than two. Jeffreys' posterior where every unit is 0, or every one 1"
+    known = part.dropna(subset='value')
+    g, r = known.groupby(['benchmark', 'group']).value, rng('scoring', *keys)
     sums, sizes = 100*g.sum().to_numpy(), g.size().to_numpy()
-    if len(sums) < 2: return np.full(resamples, np.nan)
+    if (m := len(sums)) < 2: return np.full(resamples, np.nan)
+    if 'kind' in part and set(known.value) in ({0.}, {1.}): return 100*r.beta(.5 + m*known.value.iloc[0], .5 + m*(1 - known.value.iloc[0]), resamples)
     rounds = (r.integers(len(sums), size=(100, len(sums))) for _ in range(resamples//100)) # 100 at a time, for the memory
     return np.concatenate([sums[at].sum(1)/sizes[at].sum(1) for at in rounds])
 
@@ -417,9 +419,9 @@ def _drawn(part:pd.DataFrame, # benchmark, group and value of units
 def _line(parts:list, draws:list, level:float)->dict: # parts: units, averaged without weights; draws: scores of each
     "One line of a table."
     whole, tails = pd.concat(parts), [(1 - level)/2, (1 + level)/2]
-    low, high = np.quantile(np.mean(draws, axis=0), tails)
+    score, (low, high) = 100*np.mean([p.value.mean() for p in parts]), np.quantile(np.mean(draws, axis=0), tails)
     scored, kinds = int(whole.value.count()), {k: int((whole.kind == k).sum()) for k in KINDS} if 'kind' in whole else {}
-    return dict(n=len(whole), scored=scored, score=100*np.mean([p.value.mean() for p in parts]), low=low, high=high, missing=len(whole) - scored, **kinds)
+    return dict(n=len(whole), scored=scored, score=score, low=min(low, score), high=max(high, score), missing=len(whole) - scored, **kinds)
 
 # %% ../nbs/lib/34_scoring.ipynb #6ba0e7f1
 def _columns(units:pd.DataFrame, by, categories)->tuple: # units, list of columns
