@@ -6,13 +6,12 @@
 __all__ = ['train_bridge', 'main']
 
 # %% ../nbs/lib/30_bridge.ipynb #8bf69468
-import torch
 from .base import load_stage
 from .core import Preset, rng, stage_folder, torch_rng
 from .data import Pool, fingerprint
 from .model import ClearModel, freeze
 from .sft import by_image, replay_pool, restored_by, stage_rows, step_loss, training_set
-from .train import accelerator, command, fit, origin, ready
+from .train import accelerator, command, fit, origin, ready, saved_in
 
 # %% ../nbs/lib/30_bridge.ipynb #be82f2e4
 def train_bridge(model:ClearModel, p:Pool, examples:list, preset:Preset,
@@ -40,7 +39,6 @@ def main(argv:list=None):
     base = None if source else load_stage(p, seed, 'base') # a folder brings its pathways
     labelled, examples, _ = training_set(model, base, p, seed, source, acc)
     with acc.autocast(): own = restored_by(model, labelled, examples, p, seed)
-    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'),
-                 lambda m, _: m.save_pretrained(folder, torch.float16))
+    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'), saved_in(folder))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

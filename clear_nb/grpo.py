@@ -26,7 +26,7 @@ from .generate import Noise, Rollout, Sampling, count, generate, room, rules
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RuleJudge, Unparsable, Weights, score_rollout
-from .train import accelerator, accumulate, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, pieces, ready, totals, widen
+from .train import accelerator, accumulate, alone, command, complete, everyone, fit, fsdp_settings, idle, origin, own_share, parallel, pieces, ready, saved_in, totals, widen
 from .trajectory import Text, Vae, pack, to, tokens_of
 from .vae import unpatchify
 
@@ -445,7 +445,7 @@ def main(argv:list=None):
     folder, (name, _, url) = stage_folder(p.name, seed, 'grpo'), judge.partition('@')
     who = LLMJudge(name, url or None, cache=folder.with_name('grpo_judge.jsonl'), patience=900.) if judge else RuleJudge()
     acc, model = accelerator(logs=stage_folder(p.name, seed, 'logs')/'grpo'), load_stage(p, seed, 'bridge')
-    train_grpo(model, rl_set(model, p, seed, source), p, seed, acc, folder.with_name('grpo_state.pt'), lambda m, _: m.save_pretrained(folder, torch.float16),
+    train_grpo(model, rl_set(model, p, seed, source), p, seed, acc, folder.with_name('grpo_state.pt'), saved_in(folder),
                judge=who, workers=8 if judge else 1)
     acc.end_training()
 

@@ -20,7 +20,7 @@ from .generate import count
 from .model import ClearModel, freeze
 from .reward import RuleJudge
 from .trajectory import Gap, Text, Vae, Vit, drop_conditions, pack, to
-from .train import accelerator, accumulate, alone, averages, command, fit, global_mean, idle, origin, own_share, pieces, ready, totals
+from .train import accelerator, accumulate, alone, averages, command, fit, global_mean, idle, origin, own_share, pieces, ready, saved_in, totals
 
 # %% ../nbs/lib/28_sft.ipynb #3a274123
 def make_examples(base:ClearModel, p:Pool, seed:int, cfg, batch:int=128)->tuple: # cfg: core.Sft; returns examples, accuracy of the base
@@ -211,6 +211,6 @@ def main(argv:list=None):
     labelled, examples, _ = training_set(model, model, p, seed, source, acc)
     with acc.autocast(): own = restored_by(model, labelled, examples, p, seed) if p.sft.own else None
     train_sft(model, labelled, examples, p, seed, own=own, replayed=replay_pool(model, p), acc=acc,
-              state=folder.with_name('sft_state.pt'), done=lambda m, _: m.save_pretrained(folder, torch.float16))
+              state=folder.with_name('sft_state.pt'), done=saved_in(folder))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'LORA', 'lr_at', 'trainable', 'Ema', 'tracker_name', 'fas
            'everyone', 'totals', 'averaged', 'averages', 'global_mean', 'Call', 'fsdp_settings', 'parallel', 'complete',
            'idle', 'pieces', 'accumulate', 'add_lora', 'merge_lora', 'widen', 'ready', 'command', 'full', 'like',
            'generators', 'checksum', 'tensors_of', 'states', 'drop_states', 'save_state', 'read_state', 'last_state',
-           'origin', 'load_state', 'optimizer', 'update', 'fit', 'once', 'smooth', 'plot_history']
+           'origin', 'load_state', 'optimizer', 'update', 'fit', 'saved_in', 'once', 'smooth', 'plot_history']
 
 # %% ../nbs/lib/26_train.ipynb #8f8edfee
 import argparse, json, math, os, time, warnings, weakref, zlib
@@ -452,6 +452,15 @@ def fit(model:nn.Module,
     if state and done and first < steps: save(steps)
     _finish(model, avg, acc, state, done, history)
     return history
+
+# %% ../nbs/lib/26_train.ipynb #7a1c1001
+def saved_in(folder:Path): # (model, history) -> nothing
+    "For `done` of `fit`: the model in half precision and its history in a folder, and a line that says where"
+    def done(model, history):
+        model.save_pretrained(folder, torch.float16)
+        with atomic_path(Path(folder)/'history.json') as tmp: tmp.write_text(json.dumps(history))
+        print(f'saved in {os.path.relpath(folder)}')
+    return done
 
 # %% ../nbs/lib/26_train.ipynb #ea544886
 def once(folder:Path, # for the trained model; states and history lie beside it

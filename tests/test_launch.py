@@ -1,5 +1,6 @@
 """Stages from the command line, configurations of accelerate, and the options of the preset's section `train`."""
 import copy
+import json
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -40,14 +41,16 @@ def test_fsdp_1_is_refused(monkeypatch):
     with pytest.raises(ValueError, match='fsdp_version: 2'): parallel(torch.nn.Linear(1, 1), SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU))
 
 
-def test_commands(monkeypatch, tmp_path):
-    """The three stages in a row, each from the checkpoint of the one before; nothing else is left."""
+def test_commands(monkeypatch, tmp_path, capsys):
+    """The three stages in a row, each from the checkpoint of the one before, with its history; nothing else is left."""
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     monkeypatch.setattr(base, 'ROOT', tmp_path) # for what is printed
     for stage, module in dict(sft=sft, bridge=bridge, grpo=grpo).items():
         module.main([str(PATHS.params/'smoke.yaml'), '--seed', '1'])
         assert find_stage('smoke', 1, stage) == tmp_path/'smoke'/'seed1'/stage
         ClearModel.from_pretrained(find_stage('smoke', 1, stage))
+        assert json.loads((tmp_path/'smoke'/'seed1'/stage/'history.json').read_text())[-1]['grad_norm'] > 0
+        assert capsys.readouterr().out.rstrip().endswith(f'seed1/{stage}')
     assert {p.name for p in (tmp_path/'smoke'/'seed1').iterdir()} <= {'sft', 'bridge', 'grpo', 'logs'}
 
 
