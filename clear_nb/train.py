@@ -263,12 +263,14 @@ def ready(model:nn.Module, acc:Accelerator=None, cfg:Train=Train()): # the calla
 def command(argv:list|None, doc:str, more:dict={})->tuple: # more: name to help of further options; preset, seed, source, values of those
     "Arguments of a stage's command: a file of params/, a seed, and where the questions come from"
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument('params', type=Path, help='for example params/tiny.yaml')
+    parser.add_argument('params', type=Path, help='a file such as params/tiny.yaml, or the name of one of ours: tiny')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--source', default='', help='folder that `clear-nb build-data` has made (default: drawn scenes)')
     for name, text in more.items(): parser.add_argument(f'--{name}', default='', help=text)
     a = parser.parse_args(argv)
-    return load_preset(a.params.stem, a.params.parent), a.seed, a.source, *(getattr(a, name) for name in more)
+    try: preset = load_preset(a.params.stem, *([a.params.parent] if a.params.suffix else []))
+    except (OSError, ValueError) as e: parser.error(str(e))
+    return preset, a.seed, a.source, *(getattr(a, name) for name in more)
 
 # %% ../nbs/lib/26_train.ipynb #3a5da021
 def full(t:torch.Tensor)->torch.Tensor:

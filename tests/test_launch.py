@@ -10,10 +10,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from clear_nb import base, bridge, grpo, sft
 from clear_nb import train as loop
-from clear_nb.core import PATHS, find_stage
+from clear_nb.core import PATHS, find_stage, load_preset
 from clear_nb.model import ClearModel, export_bagel
 from clear_nb.mot import Mot
-from clear_nb.train import accelerator, add_lora, merge_lora, parallel, ready, trainable
+from clear_nb.train import accelerator, add_lora, command, merge_lora, parallel, ready, trainable
 from stage_toys import smoke, train, world
 
 CONFIGS = sorted((PATHS.params/'accelerate').glob('*.yaml'))
@@ -52,6 +52,14 @@ def test_commands(monkeypatch, tmp_path, capsys):
         assert json.loads((tmp_path/'smoke'/'seed1'/stage/'history.json').read_text())[-1]['grad_norm'] > 0
         assert capsys.readouterr().out.rstrip().endswith(f'seed1/{stage}')
     assert {p.name for p in (tmp_path/'smoke'/'seed1').iterdir()} <= {'sft', 'bridge', 'grpo', 'logs'}
+
+
+@pytest.mark.parametrize('params, why', [('params/tinny.yaml', "no preset 'tinny' in params/: did you mean 'tiny'"), ('tinny', "did you mean 'tiny'")])
+def test_no_such_preset(params, why, capsys):
+    """One sentence and the usage; a name without a folder is one of ours."""
+    with pytest.raises(SystemExit) as e: sft.main([params])
+    assert e.value.code == 2 and why in capsys.readouterr().err
+    assert command(['smoke'], '')[0] == load_preset('smoke')
 
 
 @pytest.fixture(scope='module')
