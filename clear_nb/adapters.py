@@ -9,15 +9,17 @@ __all__ = ['REQUEST', 'KINDS', 'Reply', 'prompt_of', 'Adapter', 'response', 'Cle
 # %% ../nbs/lib/39_adapters.ipynb #760e6dd0
 import base64, hashlib, importlib, inspect, io, json, os, re, sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 import torch
 from fastcore.basics import patch
 from openai.resources.chat.completions import Completions
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
-from .answer import ask, check_room, cued, default_device, newest, open_model, sampling_of
+from .answer import ask, check_device, check_room, cued, newest, open_model, sampling_of
 from .bench_files import Sample
 from .core import Clock, closest, file_hash, fill, torch_rng
 from .flow import Guidance
@@ -185,8 +187,9 @@ class HFAdapter(Adapter):
     def __init__(self, path, # local folder or hub name
                  batch:int=8, instruction:str='', dtype='auto', # dtype: 'auto' is that of the file
                  device:str=None, max_new_tokens:int=64): # device: None is a GPU if there is one
+        device = check_device(device)
         self.processor, model = _load_hf(str(path), dtype)
-        self.model, self.max_new_tokens = model.to(device or default_device()), max_new_tokens
+        self.model, self.max_new_tokens = model.to(device), max_new_tokens
         tok = self.processor.tokenizer
         tok.padding_side, tok.pad_token = 'left', tok.pad_token or tok.eos_token
         local, numbers = Path(path).is_dir(), str(model.dtype).removeprefix('torch.')
@@ -272,24 +275,47 @@ def _one(self:ServerAdapter, s:Sample): # Reply or Refused
     except (ValueError, OSError) as e: return _outage(e, clock.seconds)
     return Reply(text, 'answer', json.dumps(about), clock.seconds)
 
+# %% ../nbs/lib/39_adapters.ipynb #6cda235d
+def _in_threads(f:Callable, items:list, workers:int)->list: # of results, in order
+    "`f` of each item. The threads end with the process: whoever stops it does not wait for replies."
+    jobs = [(Future(), i) for i in items]
+    todo = iter(jobs)
+    def work():
+        for future, item in todo:
+            if not future.set_running_or_notify_cancel(): continue
+            try: future.set_result(f(item))
+            except BaseException as e: future.set_exception(e)
+    for _ in range(min(workers, len(jobs))): Thread(target=work, daemon=True).start()
+    try: return [future.result() for future, _ in jobs]
+    finally: [future.cancel() for future, _ in jobs]
+
 # %% ../nbs/lib/39_adapters.ipynb #2b29e875
 @patch
 def __call__(self:ServerAdapter, samples:list)->list: # Replies
     "Raises Refused, with the replies so far, when the server takes no request."
-    with ThreadPoolExecutor(self.workers) as pool: done = list(pool.map(self._one, samples))
+    done = _in_threads(self._one, samples, self.workers)
     refused = next((d for d in done if isinstance(d, Refused)), None)
     if refused is None: return done
     refused.replies = [d if isinstance(d, Reply) else None for d in done]
     raise refused
 
 # %% ../nbs/lib/39_adapters.ipynb #e0475258
+def _version(f:Callable)->str|None: # a hash; None where there is no Python source
+    "Of the file that holds a function; of the function alone in a script or notebook, where the file says other things as well."
+    f = inspect.unwrap(f.func if isinstance(f, partial) else f)
+    f = f if inspect.isroutine(f) or inspect.isclass(f) else type(f)
+    try: source = inspect.getsource(f).encode() if f.__module__ == '__main__' else Path(inspect.getsourcefile(f)).read_bytes()
+    except (OSError, TypeError): return None
+    return hashlib.sha256(source).hexdigest()[:16]
+
+# %% ../nbs/lib/39_adapters.ipynb #80263c53
 class CallableAdapter(Adapter):
     "A function (PIL image, prompt) -> text."
     def __init__(self, f:Callable, name:str='', # name: in tables; that of the function
                  batch:int=16, instruction:str=''):
         where = getattr(f, '__qualname__', type(f).__qualname__)
         self.f = f
-        super().__init__(name or where.rpartition('.')[2], batch, instruction, function=f'{getattr(f, "__module__", type(f).__module__)}:{where}')
+        super().__init__(name or where.rpartition('.')[2], batch, instruction, function=f'{getattr(f, "__module__", type(f).__module__)}:{where}', source=_version(f))
 
 # %% ../nbs/lib/39_adapters.ipynb #22e97f99
 @patch
@@ -304,6 +330,13 @@ def _one(self:CallableAdapter, s:Sample)->Reply:
 def __call__(self:CallableAdapter, samples:list)->list: return [self._one(s) for s in samples] # Replies
 
 # %% ../nbs/lib/39_adapters.ipynb #71ce018c
+def _check_call(f:Callable, spec:str):
+    "ValueError for what does not take a picture and a prompt."
+    try: inspect.signature(f).bind('picture', 'prompt')
+    except ValueError: return # some builtins do not tell
+    except TypeError as e: raise ValueError(f'{spec!r} cannot be called with a picture and a prompt ({e}); write a function (PIL image, prompt) -> text.') from e
+
+# %% ../nbs/lib/39_adapters.ipynb #590864d3
 def _function(spec:str)->Callable: # spec: 'module:function'
     "Look a function up; the current folder counts. Raises ValueError naming what is missing."
     module, _, name = spec.partition(':')
@@ -311,6 +344,7 @@ def _function(spec:str)->Callable: # spec: 'module:function'
     try: f = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e: raise ValueError(f'cannot find the function {spec!r} ({e}); write python:module:function.') from e
     if not callable(f): raise ValueError(f'{spec!r} is a {type(f).__name__}, not a function.')
+    _check_call(f, spec)
     return f
 
 # %% ../nbs/lib/39_adapters.ipynb #4042581d

@@ -10,7 +10,7 @@ __all__ = ['KEY', 'SCHEMA', 'run_bench', 'collect', 'read_results', 'joined', 'a
 # %% ../nbs/lib/41_bench.ipynb #807d6596
 import argparse, hashlib, json, secrets, sys, time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -55,9 +55,9 @@ def _run_of(out:Path)->dict:
     except FileNotFoundError: raise FileNotFoundError(f'{out} holds no run: there is no run.json in it.') from None
 
 # %% ../nbs/lib/41_bench.ipynb #576f58d9
-def _settled(out:Path, adapter:Adapter, content:str):
+def _settled(out:Path, adapter:Adapter, content:str, data:str=''):
     "Write what the run is, or compare. Raises ValueError naming what differs."
-    path, now = out/'run.json', json.loads(json.dumps(dict(name=adapter.name, settings=adapter.settings, content=content), default=str))
+    path, now = out/'run.json', json.loads(json.dumps(dict(name=adapter.name, settings=adapter.settings, content=content, data=data), default=str))
     if not path.exists():
         with atomic_path(path) as tmp: tmp.write_text(json.dumps(now, indent=1) + '\n')
     old = _run_of(out)
@@ -113,6 +113,28 @@ def _launched()->tuple: # shard
     state = PartialState(cpu=answer.default_device() == 'cpu') # without the word it would see one process on a CPU
     return state.process_index, state.num_processes
 
+# %% ../nbs/lib/41_bench.ipynb #7de50cf4
+def _known(rows:Iterable)->list: # Samples, as far as they can be read more than once
+    if isinstance(rows, bench_files.Rows): return rows.outline()
+    return [s for s in rows if isinstance(s, Sample)] if isinstance(rows, Sequence) else []
+
+def _check_choice(known:list, severities, limit:int): # ValueError where nothing would be asked
+    if limit is not None and limit < 1: raise ValueError(f'limit must be at least 1, got {limit}.')
+    there = list(dict.fromkeys(s.severity for s in known))
+    if severities and there and not {*there} & {*severities}: raise ValueError(f'no row has the severity {" or ".join(severities)}; those of this benchmark are {", ".join(there)}.')
+
+# %% ../nbs/lib/41_bench.ipynb #5f68110f
+def _planned(known:list, severities, limit:int, shard:tuple, answered)->dict: # answered: keys; total and initial of a bar
+    if not known: return {}
+    mine = [s.key in answered for s in _wanted(known, severities, limit) if _mine(s, shard)]
+    return dict(total=len(mine), initial=sum(mine))
+
+def _unusable(rejects:list)->str: # a sentence; rejects: as dicts
+    if not rejects: return 'the benchmark has no row that was asked for.'
+    first = rejects[0]
+    return (f'no row can be used ({", ".join(f"{k} {n}" for k, n in Counter(r["reason"] for r in rejects).items())}); '
+            f'the first is row {first["row"]}, index {first["index"]!r}: {": ".join(filter(None, [first["reason"], first["detail"]]))}.')
+
 # %% ../nbs/lib/41_bench.ipynb #dd980dff
 def _todo(samples:Iterable, answered:dict, shard:tuple, count:dict)->Iterator: # answered: key to hash; Samples
     "Rows of this shard that have no answer yet. Raises ValueError for a row that changed."
@@ -163,16 +185,22 @@ def _loop(adapter:Adapter, todo:Iterable, out:Path, batch:int, bar):
 def run_bench(adapter:Adapter, samples:Iterable, # Samples and Rejects
               out:Path, # folder of this run; an earlier run in it is continued
               batch:int=None, severities=None, limit:int=None, # rows per call (that of the adapter); names; groups per benchmark and severity
-              shard:tuple=None, content:str='', # (i, n): this process among n; content hash of the benchmark
-              progress:bool=True)->Path: # of the folder
-    "Ask every row that has no answer yet. Raises ValueError where settings, benchmark or rows differ from what the folder holds; Refused, a PermissionError, from a server."
+              shard:tuple=None, content:str='', data:str='', # (i, n): this process among n; content hash of the benchmark; its name in messages
+              outline:Iterable=None, progress:bool=True # the rows without pictures, for the bar; None: `samples`, where they can be read twice
+             )->Path: # of the folder
+    "Ask every row that has no answer yet. Raises ValueError where settings, benchmark or rows differ from what the folder holds, and when there is no row; Refused, a PermissionError, from a server."
     out, shard, count = Path(out), shard or _launched(), dict(rows=0, rejects=[])
     if not 0 <= shard[0] < shard[1]: raise ValueError(f'shard {shard[0]} of {shard[1]} does not exist; they are numbered from 0.')
-    _settled(out, adapter, content)
+    _check_choice(known := _known(samples if outline is None else outline), severities, limit)
+    _settled(out, adapter, content, data)
     _unfinish(out, shard)
     old = _replies(out).query("kind == 'answer'")
-    todo = _todo(_wanted(_sound(samples, count['rejects']), severities, limit), dict(zip(zip(*(old[k] for k in KEY)), old.hash)), shard, count)
-    with tqdm(todo, adapter.name, unit='rows', disable=not progress) as bar: _loop(adapter, todo, out, batch or adapter.batch, bar)
+    answered = dict(zip(zip(*(old[k] for k in KEY)), old.hash))
+    todo = _todo(_wanted(_sound(samples, count['rejects']), severities, limit), answered, shard, count)
+    with tqdm(desc=adapter.name, unit='rows', disable=not progress, **_planned(known, severities, limit, shard, answered)) as bar:
+        _loop(adapter, todo, out, batch or adapter.batch, bar)
+        bar.total = bar.n
+    if not count['rows']: raise ValueError(_unusable(count['rejects']))
     with atomic_path(_finished(out, shard)) as tmp: tmp.write_text(json.dumps(count) + '\n')
     return out
 
@@ -225,6 +253,7 @@ def joined(frames:Iterable)->pd.DataFrame: # of `read_results`
 def _estimates(t:pd.DataFrame)->list: return [Estimate(int(r.scored), r.score, r.low, r.high) for r in t.itertuples()]
 
 def _table(units:pd.DataFrame, by:list, average:str='benchmark', name:str='accuracy')->pd.DataFrame: # columns of `by`, rows, one Estimate called `name`, kinds of outcome
+    units = units.assign(**{by[0]: pd.Categorical(units[by[0]], units[by[0]].unique())}) # models in the order in which they were given
     t = scoring.table(units, by, average if average in by else '').reset_index().rename(columns={'n': 'rows'})
     return t[[*by, 'rows']].assign(**{name: _estimates(t)}).join(t[[k for k in scoring.KINDS if k in t]])
 
@@ -344,7 +373,7 @@ def _spread(table:pd.DataFrame)->pd.DataFrame:
 # %% ../nbs/lib/41_bench.ipynb #44a51eb0
 def _summary(frame:pd.DataFrame, run:dict)->dict: # of one model
     counts = {o: int((frame.kind == o).sum()) for o in scoring.KINDS}
-    complete = run['rows'] is not None and run['rows'] == len(frame) and not counts['pending']
+    complete = run['rows'] is not None and run['rows'] <= len(frame) and not counts['pending'] # more replies: the last command left rows out
     return dict(run, model=run['name'], replies=len(frame), complete=complete, **counts, rejected=dict(Counter(r['reason'] for r in run['rejects'])),
                 seconds=float(frame.seconds.sum()), rules=sorted(set(frame.rules)), protocols=sorted(set(frame.protocol)))
 
@@ -358,8 +387,15 @@ def _caption(summaries:list)->str:
     return text + (f' NOT USABLE: {"; ".join(faulty)}.' if faulty else '') + (f' UNFINISHED: {"; ".join(missing)}.' if missing else '')
 
 # %% ../nbs/lib/41_bench.ipynb #2ec174ac
+def _once(table:pd.DataFrame)->pd.DataFrame:
+    "Without the average over a single benchmark, which says every row twice."
+    single = 'benchmark' in table and table.benchmark[table.benchmark != 'AVG'].nunique() == 1
+    return table[table.benchmark != 'AVG'] if single else table
+
+# %% ../nbs/lib/41_bench.ipynb #f6b498b0
 def _by_severity(table:pd.DataFrame, value:str)->str: # Markdown
     "One column per severity."
+    table = _once(table)
     keys = [c for c in ('models', 'model', 'category', 'corruption', 'benchmark', 'second', 'kind', 'name') if c in table]
     levels = scoring.severities(table.severity).remove_unused_categories().categories
     wide = table.assign(severity=table.severity.astype(str)).set_index([*keys, 'severity'])[value].unstack(sort=False)
@@ -374,7 +410,7 @@ def _left(table:pd.DataFrame, most:int=20)->str: # Markdown
 
 # %% ../nbs/lib/41_bench.ipynb #6dcf3579
 _SECTIONS = { # of bench.md: table, title, how it is shown, what is said when it is empty
-    'accuracy': ('Accuracy', to_markdown, ''),
+    'accuracy': ('Accuracy', lambda t: to_markdown(_once(t)), ''),
     'left_out': ('Left out', _left, 'Every row of the source could be used, and every row has a score.'),
     'drop': ('Drop from clean', lambda t: _by_severity(t, 'drop'), 'Unknown: no corrupted row, or no clean one to compare it with (name the clean file in --data as well).'),
     'difference': ('Differences between models', lambda t: _by_severity(t, 'difference'), 'One model: nothing to compare.'),
@@ -402,9 +438,12 @@ def _save(out:Path, tables:dict, fig:plt.Figure, summaries:list):
             with atomic_path(out/f'bench.{suffix}') as tmp: fig.savefig(tmp, metadata=meta, dpi=150)
 
 # %% ../nbs/lib/41_bench.ipynb #342c9fe9
+def _seen(frame:pd.DataFrame, run:dict)->str: # what a run was about
+    return f'{run["folder"]} {run.get("data") or ", ".join(frame.benchmark.unique())} (content {run["content"][:8]})'
+
 def _named(results:list)->list: # (frame, run) pairs with names of their own
     "Raises ValueError for runs that cannot stand beside each other."
-    if len(contents := sorted({r['content'] for _, r in results})) > 1: raise ValueError(f'the runs saw different benchmarks (content {", ".join(contents)}); report them apart.')
+    if len({r['content'] for _, r in results}) > 1: raise ValueError(f'the runs saw different benchmarks: {"; ".join(_seen(*r) for r in results)}. Report them apart.')
     times = Counter(r['name'] for _, r in results)
     names = [r['name'] if times[r['name']] == 1 else f'{r["name"]} ({r["folder"]})' for _, r in results]
     if len(set(names)) < len(names): raise ValueError(f'two runs are called {max(names, key=names.count)!r}; report them apart.')
@@ -433,20 +472,20 @@ def report_bench(folders, # folder of a run, or several
     return write_report([read_results(f, judge, compat) for f in folders], out)
 
 # %% ../nbs/lib/41_bench.ipynb #0c4387eb
-def _source(path:Path, severities)->tuple: # Samples and Rejects, what identifies them
+def _source(path:Path, severities)->tuple: # Samples and Rejects, what identifies them, the Samples without pictures
     "Rows of a built benchmark, or of a file with tab-separated rows. Raises FileNotFoundError and what `bench_files` raises."
     if not path.exists(): raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
         rows = bench_files.read_tsv(path)
-        return (replace(r, detail=': '.join(filter(None, [path.name, r.detail]))) if isinstance(r, Reject) else r for r in rows), rows.source()['sha256']
+        return (replace(r, detail=': '.join(filter(None, [path.name, r.detail]))) if isinstance(r, Reject) else r for r in rows), rows.source()['sha256'], rows.outline()
     info = bench_files.read_info(path)
     each = [bench_files.read_files(path, severity=s) for s in info['severities'] if s in (severities or info['severities'])]
-    return chain((Reject(**r) for r in info.get('rejects', [])), *each), info['content_hash']
+    return chain((Reject(**r) for r in info.get('rejects', [])), *each), info['content_hash'], bench_files.read_outline(path)
 
 # %% ../nbs/lib/41_bench.ipynb #c120f6c2
 def _sources(paths:list, severities)->tuple: # the same of several
-    rows, contents = zip(*(_source(p, severities) for p in paths))
-    return chain(*rows), contents[0] if len(contents) == 1 else hashlib.sha256(' '.join(contents).encode()).hexdigest()
+    rows, contents, outlines = zip(*(_source(p, severities) for p in paths))
+    return chain(*rows), contents[0] if len(contents) == 1 else hashlib.sha256(' '.join(contents).encode()).hexdigest(), [*chain(*outlines)]
 
 # %% ../nbs/lib/41_bench.ipynb #41971866
 def _judge(spec:str, run:Path): # LLMJudge or None
@@ -456,16 +495,40 @@ def _judge(spec:str, run:Path): # LLMJudge or None
     return LLMJudge(model, url or None, cache=run/'judge.jsonl')
 
 # %% ../nbs/lib/41_bench.ipynb #b3d0546e
-def _told_left(left:pd.DataFrame, most:int=20)->int: # exit status
+def _short(text:str, most:int=160)->str:
+    line = ' '.join(text.split())
+    return line if len(line) <= most else line[:most-1] + '…'
+
+def _reason(pending:pd.DataFrame)->str: # of `left_out`
+    "The most frequent one, and of how many rows."
+    [(told, n)] = Counter((pending.reason + ': ' + pending.detail).str.removesuffix(': ')).most_common(1)
+    return f'the most frequent reason ({n} rows): {_short(told)}'
+
+# %% ../nbs/lib/41_bench.ipynb #5205c788
+def _told_left(left:pd.DataFrame, again:str='run the same command again to ask them', most:int=20)->int: # exit status
     "Say on standard error what has no score."
     lines = [f'row {r.row} (index {r.index}) left out: {": ".join(filter(None, [r.reason, r.detail]))}' for r in left[left.kind == 'rejected'].head(most).itertuples()]
     pending = left[left.kind == 'pending']
-    judged = int((pending.reason == 'needs a judge').sum())
+    unheard = pending[pending.reason != 'needs a judge']
+    judged = len(pending) - len(unheard)
     if len(left) > most: lines.append(f'{len(left)} rows have no score; bench_left_out.csv lists them all.')
     if judged: lines.append(f'{judged} rows need a judge: add --judge MODEL@URL.')
-    if len(pending) > judged: lines.append(f'{len(pending) - judged} rows are pending; run the same command again to ask them.')
+    if len(unheard): lines.append(f'{len(unheard)} rows are pending; {again}; {_reason(unheard)}')
     for line in lines: print(f'clear-nb: {line}', file=sys.stderr)
     return int(len(pending) > 0)
+
+# %% ../nbs/lib/41_bench.ipynb #01a40355
+def _unread(frame:pd.DataFrame, run:Path)->str: # frame: of `read_results`; '' unless most replies cannot be read
+    "A hint for whoever asks a model in words that it does not know."
+    said = frame[frame.reply.notna()]
+    lost = said[(said.kind == 'unparsable') & said.value.notna()] # those of a judge have no value
+    if 2*len(lost) <= len(said): return ''
+    return (f'{len(lost)} of {len(said)} replies could not be read, for example {_short(max(lost.reply, key=bool), 60)!r}; {run/"results.parquet"} has them all (column reply). '
+            'A model may need other words: --instruction, or rows with a prompt of their own (column prompt).')
+
+def _beyond(frame:pd.DataFrame, run:dict)->str: # '' when the folder holds what was asked for
+    more = 0 if run['rows'] is None else len(frame) - run['rows']
+    return f'{run["folder"]} holds replies to {more} rows more than the last --severity and --limit name; the report has them all.' if more > 0 else ''
 
 # %% ../nbs/lib/41_bench.ipynb #125dc52c
 def _bench(args:argparse.Namespace)->int: # exit status
@@ -473,42 +536,60 @@ def _bench(args:argparse.Namespace)->int: # exit status
     shard = _launched() # first: it decides the device
     given = {k: v for k, v in dict(instruction=args.instruction, batch=args.batch).items() if v is not None}
     adapter = open_adapter(args.model, **read_settings(args.set) | given)
-    samples, content = _sources(args.data, args.severity)
-    run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, progress=shard[0] == 0)
+    samples, content, outline = _sources(args.data, args.severity)
+    try: run_bench(adapter, samples, args.out, args.batch, args.severity, args.limit, shard, content, ' '.join(map(str, args.data)), outline, shard[0] == 0)
+    except KeyboardInterrupt as e: raise KeyboardInterrupt(f'stopped; the replies of finished batches are kept in {args.out}, and the same command goes on.') from e
     return 0 if _whole(args.out)['rows'] is None else _reported([args.out], args) # None: another shard is still at work
 
 # %% ../nbs/lib/41_bench.ipynb #85bcce06
-def _reported(runs:list, args:argparse.Namespace)->int: # exit status
+def _remarked(place:Path, frame:pd.DataFrame, run:dict, again:str)->int: # exit status
+    "Say on standard error what a reader of the table should know."
+    for line in filter(None, (_unread(frame, place), _beyond(frame, run))): print(f'clear-nb: {line}', file=sys.stderr)
+    return _told_left(left_out(frame, run), again.format(run=place))
+
+# %% ../nbs/lib/41_bench.ipynb #426f6a48
+def _reported(runs:list, args:argparse.Namespace, again:str='run the same command again to ask them')->int: # exit status
     results = [read_results(r, _judge(args.judge, r), args.compat) for r in runs]
     tables = write_report(results, args.out)
-    print(to_markdown(tables['accuracy'] if len(runs) == 1 else tables['difference']))
+    print(to_markdown(_once(tables['accuracy'] if len(runs) == 1 else tables['difference'])))
     print(f'written: {args.out/"bench.md"}')
-    unfinished = [run['folder'] for _, run in results if run['rows'] is None]
-    if unfinished: print(f'clear-nb: unfinished: {", ".join(unfinished)}; run its command again.', file=sys.stderr)
-    return max(_told_left(tables['left_out']), int(len(unfinished) > 0))
+    for r, (_, run) in zip(runs, results):
+        if run['rows'] is None: print(f'clear-nb: unfinished: {r}; run its command again.', file=sys.stderr)
+    told = [_remarked(r, frame, dict(run, rejects=run['rejects'] if r == runs[0] else []), again) for r, (frame, run) in zip(runs, results)]
+    return max(*told, int(any(run['rows'] is None for _, run in results)))
 
 # %% ../nbs/lib/41_bench.ipynb #ce52bb2d
-_STATUS = 'Exit status: 0 every row has a score, 1 some rows are pending (the command says how many), 2 an error that you can mend (one sentence says how).'
+_STATUS = ('Exit status: 0 no row is pending (rows that cannot be used are named, left out and not counted), 1 some rows are pending (the command says how many and why), '
+           '2 an error that you can mend (one sentence says how), also when no row can be used, 130 after Ctrl-C.')
 
 def _bench_options(kinds):
     a = kinds.add_parser('bench', help='ask a model all questions of a benchmark and report its accuracy', epilog=_STATUS)
-    a.add_argument('--model', required=True, help='clear:FOLDER, hf:FOLDER_OR_NAME, server:MODEL@URL or python:module:function')
+    a.add_argument('--model', required=True, help='clear:FOLDER, hf:FOLDER_OR_NAME, server:MODEL@URL or python:module:function, with a function (PIL image, prompt) -> text')
     a.add_argument('--data', type=Path, nargs='+', required=True, help='benchmark: folders, or files with tab-separated rows; with the clean file among them the report has the drop from clean')
     a.add_argument('--severity', nargs='+', choices=scoring.LEVELS, help='default: all that there are')
     a.add_argument('--out', type=Path, required=True, help='folder of this run; an earlier run in it is continued')
     a.add_argument('--batch', type=int, help='rows per call (default: what suits the model)')
-    a.add_argument('--limit', type=int, help='questions per benchmark and severity (default: all)')
+    a.add_argument('--limit', type=int, help='questions per benchmark and severity, at least 1 (default: all)')
     a.add_argument('--instruction', help='a last line of every prompt, e.g. "Answer with the letter only." (default: none)')
     a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='further settings of the model, e.g. workers=16 device=cpu; a dot leads into a mapping, e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20')
     a.set_defaults(run=_bench)
     return a
 
 # %% ../nbs/lib/41_bench.ipynb #f02b044d
+def _compare(args:argparse.Namespace)->int: # exit status
+    "Report what is there. ValueError for a run named twice, and for a place that has a report of its own."
+    if (args.out/'run.json').exists(): raise ValueError(f'{args.out} is the folder of a run and holds its own report; choose another folder for --out.')
+    places = [r.resolve() for r in args.runs]
+    for r, p in zip(args.runs, places):
+        if places.count(p) > 1: raise ValueError(f'{r} is named twice; compare different runs.')
+    return _reported(args.runs, args, 'compare asks nothing, so run the command of {run} again')
+
+# %% ../nbs/lib/41_bench.ipynb #3ba4b443
 def _compare_options(kinds):
     a = kinds.add_parser('compare', help='report finished runs side by side, with paired differences; no model is asked', epilog=_STATUS)
     a.add_argument('runs', type=Path, nargs='+', help='folders of `clear-nb bench`, of the same benchmark')
     a.add_argument('--out', type=Path, required=True, help='folder of the report')
-    a.set_defaults(run=lambda args: _reported(args.runs, args))
+    a.set_defaults(run=_compare)
     return a
 
 # %% ../nbs/lib/41_bench.ipynb #98e39591

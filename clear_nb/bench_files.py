@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'BLOCK', 'Sample', 'content_hash', 'Reject', 'Rows', 'parse_name', 'file_name', 'group_of', 'read_tsv',
-           'read_datasets', 'from_scenes', 'Plan', 'build_files', 'read_info', 'read_files', 'verify', 'write_tsv']
+           'read_datasets', 'from_scenes', 'Plan', 'build_files', 'read_info', 'read_files', 'read_outline', 'verify',
+           'write_tsv']
 
 # %% ../nbs/lib/33_bench_files.ipynb #bfb3e307
 import base64, binascii, csv, fcntl, hashlib, io, json, multiprocessing, re, struct, warnings, zlib
@@ -78,8 +79,8 @@ def content_hash(samples:Iterable)->str: # samples: Samples in order
     return h.hexdigest()
 
 # %% ../nbs/lib/33_bench_files.ipynb #033c7128
-REASONS = ('malformed row', 'no index', 'duplicate index', 'no picture', 'unreadable base64', 'undecodable image',
-           'pointer to nothing', 'no answer', 'answer is no option', 'too small')
+REASONS = ('malformed row', 'no index', 'duplicate index', 'no question', 'no picture', 'unreadable base64',
+           'undecodable image', 'pointer to nothing', 'no answer', 'answer is no option', 'too small')
 
 # %% ../nbs/lib/33_bench_files.ipynb #2f84891c
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexEr
 
 def _fault(s:Sample)->tuple: # reason and detail, () for a good row
     if not s.index: return ('no index',)
+    if not (s.prompt or s.question).strip(): return ('no question',)
     if not s.image: return ('no picture',)
     try: s.pixels()
     except _DECODER_ERRORS as e: return 'undecodable image', f'{type(e).__name__}: {e}'[:200]
@@ -120,8 +122,9 @@ class Rows:
     "Samples, and Rejects where a row is faulty, in the order of the source; can be read more than once."
     def __init__(self, make:Callable, # () -> iterable with a Sample or Reject for each row
                  source:Callable, # () -> dict that names the source
-                 total:int|None): # rows, None when unknown
-        self.make, self.source, self.total = make, source, total
+                 total:int|None, # rows, None when unknown
+                 outline:Callable=list): # () -> Samples that only name the rows, faulty ones as well; empty when unknown
+        self.make, self.source, self.total, self.outline = make, source, total, outline
 
     def __iter__(self): return _checked(self.make())
 
@@ -229,12 +232,19 @@ def _tsv_rows(path:Path, head:list, where:dict)->Iterator: # a Sample or Reject 
                      picture=index if own else pointer, **{k: row.get(c, '') for k, c in _TEXTS.items()})
 
 # %% ../nbs/lib/33_bench_files.ipynb #2e11af87
+def _outline(path:Path, where:dict)->list: # Samples that name the rows: indices, and what the name of the file tells
+    benchmark, corruption, severity = parse_name(path.stem)
+    group = partial(group_of, benchmark, first=int('0' not in where))
+    return [Sample(benchmark, i, '', '', group=group(i), corruption=corruption, severity=severity) for i in where if i]
+
+# %% ../nbs/lib/33_bench_files.ipynb #206a4c1f
 def read_tsv(path # of a VLMEvalKit file; the released names tell benchmark, corruption and severity
             )->Rows:
-    "Rows of a benchmark TSV; ValueError for a file that is empty or lacks columns."
+    "Rows of a benchmark TSV; ValueError for a file that is empty or lacks columns, FileNotFoundError where there is none."
     path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"no file at {path}: {'read_files reads a folder' if path.is_dir() else 'a benchmark is a file with tab-separated rows'}")
     head, where, total = _survey(path)
-    return Rows(partial(_tsv_rows, path, head, where), lambda: dict(file=path.name, sha256=file_hash(path)), total)
+    return Rows(partial(_tsv_rows, path, head, where), lambda: dict(file=path.name, sha256=file_hash(path)), total, partial(_outline, path, where))
 
 # %% ../nbs/lib/33_bench_files.ipynb #b6f5944a
 def _letter(answer, options:dict)->str: # the answer as a letter of the options, as text where it is none
@@ -650,6 +660,12 @@ def read_files(folder, # of build_files
     for value, valid in ((severity, info['severities']), (corruption, info['corruptions'])):
         if value is not None and value not in valid: raise ValueError(f'{folder} holds no {value!r}: {closest(value, valid)}')
     return _selected([Path(folder)/n for n in info['files']], dict(severity=severity, corruption=corruption))
+
+# %% ../nbs/lib/33_bench_files.ipynb #33c1b604
+def read_outline(folder)->Iterator: # Samples that only name the rows
+    "Which rows a finished benchmark has, without reading a picture; errors as of `read_files`."
+    names = ['benchmark', 'index', 'group', 'corruption', 'severity']
+    return (Sample(question='', answer='', **r) for g in _scan([Path(folder)/n for n in read_info(folder)['files']], names) for r in g)
 
 # %% ../nbs/lib/33_bench_files.ipynb #4d295eba
 def _verify_file(path:Path, noted:str)->Iterator: # digests of its rows

@@ -319,6 +319,26 @@ def test_python_function_by_name(tmp_path, monkeypatch):
     assert [r.text for r in said] == ['40', None, None, None] and 'NoneType' in said[1].detail and "KeyError: 'gone'" in said[2].detail
 
 
+@pytest.mark.parametrize('code, why', [('def f(picture): return "A"', 'too many positional arguments'), ('def f(*, picture, prompt): return "A"', 'too many'), ('class f:\n    def __init__(self, a, b, c): pass', "missing a required argument: 'c'")])
+def test_wrong_signature(tmp_path, monkeypatch, code, why):
+    "What cannot be called with two arguments is refused before a row is asked, with the signature that is wanted."
+    name = f'signature_{abs(hash(code))}'
+    (tmp_path/f'{name}.py').write_text(code + '\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r'write a function \(PIL image, prompt\) -> text') as e: open_adapter(f'python:{name}:f')
+    assert why in str(e.value)
+
+
+def test_version_of_a_function(tmp_path, monkeypatch):
+    "The file that defines it, also behind a decorator or with arguments filled in; edited, it is another run."
+    source = tmp_path/'versioned_of_tests.py'
+    source.write_text('from functools import lru_cache, partial\n@lru_cache\ndef f(picture, prompt): return "A"\nclass C:\n    def __call__(self, picture, prompt): return "A"\nc, p = C(), partial(f)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    first = {open_adapter(f'python:versioned_of_tests:{n}').settings['source'] for n in 'fcp'}
+    source.write_text(source.read_text().replace('"A"', '"B"'))
+    assert len(first) == 1 and first != {CallableAdapter(sys.modules['versioned_of_tests'].f).settings['source']} and CallableAdapter(len).settings['source'] is None
+
+
 def test_keyboard_interrupt_passes():
     "A function that is interrupted is no outage."
     def stop(picture, prompt): raise KeyboardInterrupt

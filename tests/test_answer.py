@@ -4,9 +4,15 @@ from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
+import clear_nb
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from clear_nb.answer import answer, ask, check_out, check_room, cued, main, newest, sampling_of, save_images
+=======
+import torch
+from clear_nb.answer import answer, ask, check_out, check_room, main, newest, sampling_of, save_images
+>>>>>>> 1f95cae9c841c88b42bfa67110f0b0b3c9256baf
 from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.generate import Noise, generate
 from clear_nb.model import export_bagel
@@ -129,7 +135,7 @@ def test_command(folder, photo, tmp_path, capsys):
 @pytest.mark.parametrize('more, sentence', [
     (['--image', 'nowhere.jpg'], 'no image file at nowhere.jpg'), (['--question', ' '], 'question is empty'), (['--question', 'a'*300], 'shorten the question'),
     (['--model', 'nowhere'], 'no checkpoint at nowhere'), (['--steps', '1'], 'use at least 2'), (['--out', 'x.doc'], "unknown kind of image '.doc'"),
-    (['--out', 'no/where.png'], 'no folder no; make it first')])
+    (['--out', 'no/where.png'], 'no folder no; make it first'), (['--device', 'foo'], "there is no device 'foo' here; choose cpu"), (['--device', 'cuda:77'], "no device 'cuda:77'")])
 def test_refusals(folder, photo, more, sentence, capsys):
     "One sentence on standard error, status 2, nothing on standard output."
     assert main(command(folder, photo, *more)) == 2
@@ -150,6 +156,31 @@ def test_animation_is_said(folder, tmp_path, capsys):
     frames[0].save(tmp_path/'a.gif', save_all=True, append_images=frames[1:])
     assert main(command(folder, tmp_path/'a.gif', '--policy', 'never')) == 0
     assert 'has 2 frames; only the first is used' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_no_gpu(folder, photo, capsys):
+    assert main(command(folder, photo, '--device', 'cuda')) == 2
+    assert capsys.readouterr().err == "clear-nb: there is no device 'cuda' here; choose cpu.\n"
+
+
+def test_prefix(folder, photo, capsys):
+    "A folder is understood as `bench` writes it."
+    said = [(main(command(name, photo, '--policy', 'never')), capsys.readouterr().out) for name in (folder, f'clear:{folder}')]
+    assert said[0] == said[1] and said[0][0] == 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as e: main(['--version'])
+    assert e.value.code == 0 and capsys.readouterr().out == f'clear-nb {clear_nb.__version__}\n'
+
+
+def test_interrupted(folder, photo, capsys, monkeypatch):
+    "Ctrl-C: one sentence, status 130."
+    def stop(*a, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr('clear_nb.answer.generate', stop)
+    assert main(command(folder, photo)) == 130
+    assert capsys.readouterr().err == 'clear-nb: stopped.\n'
 
 
 def test_entry_point(capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_hf
-from bench_rows import guess, picture, rows, slow
+from bench_rows import guess, picture, rows, silly, slow
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, ServerAdapter
 from clear_nb.bench import _mine, _whole, accuracy_table, collect, main, read_results, report_bench, run_bench
@@ -23,7 +23,7 @@ from clear_nb.core import ROOT, rng
 from clear_nb.scenes import benchmark
 from clear_nb.scoring import KINDS
 from clear_nb.server import Refused
-from fake_server import FAILURES, FakeServer, Status, hasty
+from fake_server import FAILURES, FakeServer, Hang, Status, hasty
 from PIL import Image, ImageFilter
 
 
@@ -235,10 +235,11 @@ def test_intervals_cover():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    "A benchmark folder, read by stand-ins of the reader's two functions."
+    "A benchmark folder, read by stand-ins of the reader's three functions."
     (tmp_path/'data').mkdir()
     def read_files(folder, severity=None, corruption=None): return iter([s for s in rows() if severity in (None, s.severity)])
     monkeypatch.setattr(bench_files, 'read_files', read_files, raising=False)
+    monkeypatch.setattr(bench_files, 'read_outline', lambda folder: iter(rows()))
     monkeypatch.setattr(bench_files, 'read_info', lambda folder: dict(content_hash='c1', severities=['clean', 'low', 'mid', 'hard']), raising=False)
     return tmp_path/'data'
 
@@ -270,18 +271,102 @@ def test_command_pending(data, tmp_path, capsys, monkeypatch):
     "Status 1 and one sentence while rows are pending."
     monkeypatch.setattr(sys.modules['bench_rows'], 'guess', lambda picture, prompt: None, raising=False)
     assert main(command(data, tmp_path, '--severity', 'hard')) == 1
-    assert '6 rows are pending; run the same command again' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '6 rows are pending; run the same command again' in said and 'the most frequent reason (6 rows): bench_rows:guess returned NoneType, not a text' in said
+
+
+def test_command_reasons(data, tmp_path, capsys, monkeypatch):
+    "Of several reasons the one of most rows, in one line that is not long; a dead server as well."
+    def moody(picture, prompt): raise (KeyError('rare') if 'it 0' in prompt else ValueError('first line\n' + 'long '*99))
+    monkeypatch.setattr(sys.modules['bench_rows'], 'guess', moody)
+    assert main(command(data, tmp_path, '--severity', 'hard')) == 1
+    [line] = [l for l in capsys.readouterr().err.splitlines() if 'pending' in l]
+    assert 'the most frequent reason (5 rows): ValueError: first line long' in line and line.endswith('…') and len(line) < 300
+    assert main(command(data, tmp_path, '--out', str(tmp_path/'dead'), '--limit', '1', '--severity', 'low', '--model', 'server:m@http://127.0.0.1:9/v1', '--set', 'tries=1')) == 1
+    assert 'the most frequent reason (2 rows): APIConnectionError' in capsys.readouterr().err
+
+
+def test_edited_function(data, tmp_path, monkeypatch, capsys):
+    "Replies of two versions of a function never mix."
+    source = tmp_path/'edited_of_tests.py'
+    monkeypatch.syspath_prepend(tmp_path)
+    for k, (answer, status) in enumerate((('A', 0), ('A', 0), ('B', 2))):
+        source.write_text(f'def f(picture, prompt): return "{answer}"\n')
+        sys.modules.pop('edited_of_tests', None)
+        assert main(command(data, tmp_path, '--model', 'python:edited_of_tests:f')) == status, k
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f'clear-nb: {tmp_path/"run"} holds replies of another run (source: ') and 'choose another folder' in said
+
+
+def test_bar(data, tmp_path, capsys):
+    "It has a total, and a run that goes on begins at the rows that are answered."
+    assert main(command(data, tmp_path, '--limit', '1', '--severity', 'low', 'hard')) == 0
+    assert '0/4 ' in capsys.readouterr().err
+    assert main(command(data, tmp_path, '--severity', 'low', 'hard')) == 0
+    said = capsys.readouterr().err
+    assert ' 4/12 ' in said and '12/12' in said and ' 0/12' not in said
+
+
+INTERRUPTED = [sys.executable, '-m', 'clear_nb.bench', 'bench', '--data']
+
+
+def stopped(args, ready, **env): # status and standard error after Ctrl-C
+    "Run a command until `ready` says so, then interrupt it."
+    p = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **env})
+    try:
+        while p.poll() is None and not ready(): time.sleep(.02)
+        p.send_signal(signal.SIGINT)
+        return p.communicate(timeout=60)[1], p.returncode
+    finally: p.kill()
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    "Ctrl-C: one sentence, status 130; the replies are kept, and the same command asks the rest."
+    lines = [dict(index=k, image=code(k), question=f'Is it {k}?', A='x', B='y', answer='A') for k in range(12)]
+    file, out, log = write_tsv(tmp_path/'MMStar.tsv', lines), tmp_path/'run', tmp_path/'log'
+    said, status = stopped([*INTERRUPTED, file, '--model', 'python:bench_rows:slow', '--batch', '2', '--out', str(out)], lambda: len(list(out.glob('parts/part-*'))) > 1,
+                           PYTHONPATH=str(ROOT/'tests'), ASKED=str(log), PAUSE='.2')
+    assert status == 130 and 'Traceback' not in said and said.splitlines()[-1] == f'clear-nb: stopped; the replies of finished batches are kept in {out}, and the same command goes on.'
+    kept = len(results(out))
+    assert kept in (4, 6) and f' {kept}/12 ' in said
+    monkeypatch.setenv('ASKED', str(log))
+    monkeypatch.setenv('PAUSE', '0')
+    assert main(['bench', '--data', file, '--model', 'python:bench_rows:slow', '--batch', '2', '--out', str(out)]) == 0 and len(results(out)) == 12
+    assert f' {kept}/12 ' in capsys.readouterr().err
+
+
+def test_interrupted_server(tmp_path):
+    "Nobody waits for requests of a server that hangs."
+    file, out = write_tsv(tmp_path/'MMStar.tsv', [dict(index=k, image=code(k), question='Why?', A='x', B='y', answer='A') for k in range(12)]), tmp_path/'run'
+    with FakeServer(default=Hang(600)) as server:
+        start = time.monotonic()
+        said, status = stopped([*INTERRUPTED, file, '--model', f'server:m@{server.url}', '--out', str(out)], lambda: len(server.requests) > 7)
+        assert status == 130 and 'Traceback' not in said and 'stopped; the replies' in said and time.monotonic() - start < 50
 
 
 @pytest.mark.parametrize('more, sentence', [
     (['--model', 'gpt'], "cannot read model 'gpt'"), (['--model', 'hf:./nowhere'], "cannot open './nowhere'"), (['--model', 'clear:nowhere'], 'no checkpoint at nowhere'),
     (['--model', 'python:no.such:f'], 'cannot find the function'), (['--model', 'server:m@ftp://h'], 'must look like http'), (['--data', 'nowhere'], 'no benchmark at nowhere'),
-    (['--set', 'heat=1'], "unexpected keyword argument 'heat'"), (['--set', 'heat'], 'write NAME=VALUE'), (['--batch', '-1'], 'at least one sample')])
+    (['--set', 'heat=1'], "unexpected keyword argument 'heat'"), (['--set', 'heat'], 'write NAME=VALUE'), (['--batch', '-1'], 'at least one sample'), (['--limit', '0'], 'limit must be at least 1, got 0'),
+    (['--model', f'clear:{ROOT/"checkpoints"/"tiny"/"grpo"}', '--set', 'device=foo'], "no device 'foo' here; choose cpu"),
+    (['--model', 'hf:./nowhere', '--set', 'device=foo'], "no device 'foo' here")])
 def test_command_refusals(data, tmp_path, more, sentence, capsys):
     "One sentence on standard error, status 2, nothing on standard output."
     assert main(command(data, tmp_path, *more)) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.startswith('clear-nb: ') and said.err.count('\n') == 1 and said.out == ''
+
+
+def test_command_chooses(tmp_path, capsys):
+    "A severity that no row has is refused with those that there are; a choice on a finished run is said, and the report stays whole."
+    file = write_tsv(tmp_path/'MMStar.tsv', [dict(GOOD, index=k, image=code(k)) for k in range(4)])
+    assert bench(tmp_path, [file], '--severity', 'hard') == 2
+    assert capsys.readouterr().err == 'clear-nb: no row has the severity hard; those of this benchmark are clean.\n' and not (tmp_path/'run').exists()
+    assert bench(tmp_path, [file]) == 0 and 'more than' not in capsys.readouterr().err
+    assert bench(tmp_path, [file], '--limit', '3') == 0
+    said = capsys.readouterr()
+    assert 'run holds replies to 1 rows more than the last --severity and --limit name; the report has them all' in said.err and '| MMStar | clean | 4 |' in said.out
+    assert 'UNFINISHED' not in (tmp_path/'run'/'bench.md').read_text()
 
 
 @pytest.mark.parametrize('setting, sentence', [('worker=16', "did you mean 'workers'"), ('api_key=sk-of-the-shell', 'environment variable OPENAI_API_KEY'), ('guidance=4', 'a server has no setting'),
@@ -387,6 +472,25 @@ def test_judged_and_compared(released, tmp_path, monkeypatch, capsys):
     assert '## Differences between models' in (tmp_path/'both'/'bench.md').read_text() and 'test_bench:told − bench_rows:silly' in capsys.readouterr().out
 
 
+def test_compared_in_order(tmp_path, capsys):
+    "Pairs as the runs are named, each line once; a folder named twice, a report inside a run and other data are refused; compare says which command goes on."
+    def shy(picture, prompt):
+        if 'it 1' in prompt: raise OSError('off')
+        return guess(picture, prompt)
+    for k, f in dict(z=guess, m=silly, a=shy).items(): run_bench(CallableAdapter(f, k), rows(severities=['clean', 'low']), tmp_path/k, progress=False, content='c', data='x.tsv')
+    three, out = [str(tmp_path/k) for k in 'zma'], ['--out', str(tmp_path/'o')]
+    assert main(['compare', *three, *out]) == 1
+    said = capsys.readouterr()
+    assert [l.split(' | ')[0] for l in said.out.splitlines()[2:8]] == [f'| {p}' for p in ('z − m', 'z − a', 'm − a') for _ in 'cl']
+    assert 'AVG' not in said.out and f'2 rows are pending; compare asks nothing, so run the command of {tmp_path/"a"} again; the most frequent reason (2 rows): OSError: off' in said.err and 'same command' not in said.err
+    assert report(tmp_path, out='o').model.drop_duplicates().tolist() == ['z', 'm', 'a'] and (tmp_path/'o'/'bench.md').read_text().count('AVG') == 1 # in the caption
+    run_bench(CallableAdapter(guess, 'y'), rows(), tmp_path/'y', progress=False, content='d', data='y.tsv')
+    for argv, sentence in (([*three, '--out', three[1]], f'{three[1]} is the folder of a run'), ([three[0], three[0] + '/', *out], 'z is named twice'), ([three[0], str(tmp_path/'y'), *out], 'z x.tsv (content c); y y.tsv (content d)')):
+        assert main(['compare', *argv]) == 2
+        said = capsys.readouterr()
+        assert sentence in said.err and said.err.count('\n') == 1 and said.out == '' and not (tmp_path/'m'/'bench.md').exists()
+
+
 def test_clean_and_corrupted_files(tmp_path):
     "With the clean file beside the corrupted ones the report has the drop, on the same questions."
     lines = lambda right: [dict(index=k, image=code(k), question=f'Please say {"A" if k < right else "B"}?', A='x', B='y', answer='A') for k in range(8)]
@@ -402,7 +506,7 @@ def test_clean_and_corrupted_files(tmp_path):
 
 GOOD = dict(question='Please say A?', A='x', B='y', answer='A')
 FAULTS = {'unreadable base64': dict(image='?'*80), 'undecodable image': dict(image=base64.b64encode(b'no picture'*9).decode()), 'duplicate index': dict(index=1), 'no index': dict(index=''),
-          'answer is no option': dict(answer='C'), 'no answer': dict(answer=''), 'no picture': dict(image=''), 'pointer to nothing': dict(image=77), 'malformed row': dict(B='y\tz')}
+          'answer is no option': dict(answer='C'), 'no question': dict(question=' '), 'no answer': dict(answer=''), 'no picture': dict(image=''), 'pointer to nothing': dict(image=77), 'malformed row': dict(B='y\tz')}
 
 
 @pytest.mark.parametrize('reason', FAULTS)
@@ -415,6 +519,13 @@ def test_faulty_row(tmp_path, reason, capsys):
     assert summary['models'][0]['rejected'] == {reason: 1} and f'NOT USABLE: test_bench:told: {reason} 1.' in summary['caption']
     assert f'| test_bench:told | rejected | {reason} | 1 |' in (tmp_path/'run'/'bench.md').read_text() and f'row 4 (index {left["index"]}) left out: {reason}' in capsys.readouterr().err
     assert report(tmp_path).rows.tolist() == [3, 3] and report(tmp_path).accuracy.astype(float).tolist() == [100, 100]
+
+
+def test_no_usable_row(tmp_path, capsys):
+    "Nothing that can be asked is an error with the reasons, not a success."
+    assert bench(tmp_path, [write_tsv(tmp_path/'MMStar.tsv', [dict(GOOD, index=k, image=code(k), answer='C' if k else '') for k in range(3)])]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("clear-nb: no row can be used (no answer 1, answer is no option 2); the first is row 1, index '0': no answer: MMStar.tsv") and not (tmp_path/'run'/'bench.md').exists()
 
 
 @pytest.mark.parametrize('text, sentence', [('', 'MMStar.tsv is empty'), ('index\timage\tquestion\tanswer\n', 'no rows'), ('index\timage\tA\n1\tx\ty\n', "lacks the columns ['question', 'answer']")])
@@ -480,6 +591,17 @@ def test_refusing_server(tmp_path, status, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- real models
+
+def test_tiny_model_on_scenes(tmp_path, capsys):
+    "In the words of its own questions the tiny model answers, from a folder and from a TSV; in others the command says that it cannot be read."
+    bench_files.build_files(bench_files.from_scenes('mmstar', 12), tmp_path/'built', relative=True, severities=['low'], tsv=True, progress=False)
+    file = tmp_path/'built'/'mmstar_LOW_LEVEL_LOW.tsv'
+    frame = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False)
+    frame.drop(columns='prompt').to_csv(tmp_path/'mmstar_LOW_LEVEL_LOW.tsv', sep='\t', index=False)
+    for k, path in enumerate((tmp_path/'built', file, tmp_path/'mmstar_LOW_LEVEL_LOW.tsv')):
+        assert bench(tmp_path, [path], '--set', 'device=cpu', 'policy=never', model=f'clear:{ROOT/"checkpoints"/"tiny"/"grpo"}', out=str(k)) == 0
+        right, said = report(tmp_path, out=str(k)).right[0], capsys.readouterr().err
+        assert right >= 8 and 'could not be read' not in said if k < 2 else right < 6 and 'of 12 replies could not be read, for example' in said and '--instruction' in said
 
 def test_hugging_face_end_to_end(tmp_path, capsys):
     "A model that nobody here trained, offline: built benchmark, folder of the model, one command, report; again with nothing to ask."

@@ -119,13 +119,13 @@ def test_every_fault_is_listed(tmp_path):
     rows = [[1, code(1), 'q', 'x', 'y', 'A'], [2, code(2)[:-3], 'q', 'x', 'y', 'A'], [3, base64.b64encode(cut).decode(), 'q', 'x', 'y', 'A'],
             [1, code(4), 'q', 'x', 'y', 'A'], [5, '99', 'q', 'x', 'y', 'A'], [6, code(6), 'q', 'x', 'y', 'C'], [7, code(7), 'q', 'x', 'y', ''],
             ['', code(8), 'q', 'x', 'y', 'A'], [9, '', 'q', 'x', 'y', 'A'], [10, '5', 'q', 'x', 'y', 'A'], [11, 'ä'*70, 'q', 'x', 'y', 'A'],
-            [12, base64.b64encode(b'no picture at all '*9).decode(), 'q', 'x', 'y', 'A'], [13, code(13, h=20, w=20), 'q', 'x', 'y', 'B']]
+            [12, base64.b64encode(b'no picture at all '*9).decode(), 'q', 'x', 'y', 'A'], [13, code(13, h=20, w=20), 'q', 'x', 'y', 'B'], [17, code(17), ' ', 'x', 'y', 'B']]
     path = write_tsv(tmp_path/'toy.tsv', rows)
     with path.open('ab') as f: f.write(b'14\tonly three\tfields\n15\t' + code(15).encode() + b'\t\xff\xfe\tx\ty\tA\n16\t' + code(16).encode() + b'\tq\tx\ty\tA\n')
     wanted = {2: 'unreadable base64', 3: 'undecodable image', 4: 'duplicate index', 5: 'pointer to nothing', 6: 'answer is no option', 7: 'no answer',
-              8: 'no index', 9: 'no picture', 10: 'pointer to nothing', 11: 'unreadable base64', 12: 'undecodable image', 14: 'malformed row', 15: 'malformed row'}
+              8: 'no index', 9: 'no picture', 10: 'pointer to nothing', 11: 'unreadable base64', 12: 'undecodable image', 14: 'no question', 15: 'malformed row', 16: 'malformed row'}
     table = list(bf.read_tsv(path))
-    assert {r.row: r.reason for r in table if isinstance(r, bf.Reject)} == wanted and len(table) == 16
+    assert {r.row: r.reason for r in table if isinstance(r, bf.Reject)} == wanted and len(table) == 17
     assert {r.row: r.index for r in table if isinstance(r, bf.Reject)}[4] == '1'
     info = build(bf.read_tsv(path), tmp_path/'out', corruptions=['watermark_damage'])
     assert {r['row']: r['reason'] for r in info['rejects']} == wanted | {13: 'too small'}
@@ -140,6 +140,21 @@ def test_faults_of_a_file(tmp_path, text, match):
     """One sentence, at once."""
     (tmp_path/'toy.tsv').write_text(text)
     with pytest.raises(ValueError, match=match): bf.read_tsv(tmp_path/'toy.tsv')
+
+
+@pytest.mark.parametrize('name, match', [('nosuch.tsv', r'^no file at .*nosuch\.tsv: a benchmark is a file'), ('', 'read_files reads a folder')])
+def test_no_file(tmp_path, name, match):
+    """One sentence as well."""
+    with pytest.raises(FileNotFoundError, match=match): bf.read_tsv(tmp_path/name)
+
+
+def test_outline(tmp_path):
+    """Keys and groups without a picture: of a file, faulty rows included, and of a folder."""
+    path = write_tsv(tmp_path/'MMVP_LOW_LEVEL_MID.tsv', [[k, code(k) if k != 3 else '!'*80, 'q', 'x', 'y', 'A'] for k in range(1, 5)])
+    rows, named = bf.read_tsv(path), lambda samples: {(s.key, s.group) for s in samples if isinstance(s, bf.Sample)}
+    assert named(rows) < named(rows.outline()) and len(rows.outline()) == 4 and not any(s.image for s in rows.outline())
+    build(toy(3), tmp_path/'out', design='full')
+    assert named(bf.read_outline(tmp_path/'out')) == named(bf.read_files(tmp_path/'out')) and len(list(bf.read_outline(tmp_path/'out'))) == 3*3*len(CHEAP)
 
 
 def test_nothing_is_replaced_by_the_clean_picture(tmp_path):
