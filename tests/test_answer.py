@@ -7,12 +7,8 @@ from types import SimpleNamespace
 import clear_nb
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from clear_nb.answer import answer, ask, check_out, check_room, cued, main, newest, sampling_of, save_images
-=======
 import torch
-from clear_nb.answer import answer, ask, check_out, check_room, main, newest, sampling_of, save_images
->>>>>>> 1f95cae9c841c88b42bfa67110f0b0b3c9256baf
+from clear_nb.answer import answer, ask, check_out, check_room, cued, main, newest, sampling_of, save_images
 from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.generate import Noise, generate
 from clear_nb.model import export_bagel
