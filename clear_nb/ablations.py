@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
-from .base import load_stage
+from .base import base_seed, load_stage
 from .bridge import train_bridge
 from .core import PATHS, Clock, Preset, atomic_path, closest, file_hash, load_preset, read_records, stage_folder, write_record
 from .data import Pool, labelled_items, own_restorations, pool
@@ -138,7 +138,7 @@ def _own(model:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc
 # %% ../nbs/lib/37_ablations.ipynb #6dd70c6e
 def _stage1(base:ClearModel, labelled:Pool, examples:list, p:Preset, seed:int, acc, folder:Path):
     own = _own(base, labelled, examples, p, seed, acc)
-    train_sft(base, labelled, examples, p, seed, 'clear', own, replay_pool(base, p), acc=acc, state=_state(folder), done=saver(folder, 'sft'))
+    train_sft(base, labelled, examples, p, seed, 'clear', own, replay_pool(base, p, base_seed(p, seed)), acc=acc, state=_state(folder), done=saver(folder, 'sft'))
 
 def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path):
     labelled, examples = _examples(base, p, seed, acc)
@@ -146,12 +146,12 @@ def _clear(base:ClearModel, p:Preset, seed:int, acc, folder:Path):
     history = kept(early, lambda: _stage1(base, labelled, examples, p, seed, acc, early))
     model = ClearModel.from_pretrained(early, acc.device)
     own = _own(model, labelled, examples, p, seed, acc)
-    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc=acc, state=_state(folder), done=saver(folder, 'bridge', history))
+    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p, base_seed(p, seed)), acc=acc, state=_state(folder), done=saver(folder, 'bridge', history))
 
 # %% ../nbs/lib/37_ablations.ipynb #28d31f11
 def _matched(base:ClearModel, p:Preset, seed:int, acc, folder:Path):
     labelled, examples = _examples(base, p, seed, acc)
-    train_sft(base, labelled, examples, p, seed, 'matched', None, replay_pool(base, p), acc=acc, state=_state(folder), done=saver(folder, 'matched'))
+    train_sft(base, labelled, examples, p, seed, 'matched', None, replay_pool(base, p, base_seed(p, seed)), acc=acc, state=_state(folder), done=saver(folder, 'matched'))
 
 # %% ../nbs/lib/37_ablations.ipynb #94b693ed
 class Recipe(NamedTuple):
@@ -201,7 +201,7 @@ def weights(case:Case, p:Preset, seed:int, load:Callable, acc)->tuple: # model, 
 
 # %% ../nbs/lib/37_ablations.ipynb #6a65b549
 def denoise_seconds(model:ClearModel, p:Preset, n:int=16)->float: # n: pictures in the batch; returns seconds per picture
-    "Time of a restoration; the shorter of two measurements, since other work on the machine only adds."
+    "Time of a restoration with the prefill of its picture; the shorter of two measurements, since other work on the machine only adds."
     batch, clocks = pool(model, labelled_items(0, n, 1, 'rl')), []
     for _ in range(2):
         with Clock() as clock: own_restorations(model, batch, range(n), p.eval.denoise_steps, p.eval.shift, 1, progress=False)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INPUTS', 'EARLY', 'THINK', 'CAPTION', 'SHOWN', 'PARTS', 'KILLERS', 'BASE_WEIGHTS', 'reply', 'corpus', 'new_model',
            'vae_loss', 'train_vae', 'vqa_sample', 'later_sample', 'text_sample', 'restore_sample', 'base_batch',
-           'base_loss', 'train_base', 'base_items', 'stack', 'part', 'train_stage0', 'load_stage', 'clean_accuracy',
-           'restoration_psnr']
+           'base_loss', 'train_base', 'base_items', 'stack', 'part', 'train_stage0', 'load_stage', 'base_seed',
+           'clean_accuracy', 'restoration_psnr']
 
 # %% ../nbs/lib/27_base.ipynb #0add0e10
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from . import scenes
-from .core import ROOT, Preset, find_stage, rng, torch_rng
+from .core import ROOT, Preset, find_stage, rng, stage_folder, torch_rng
 from .data import (Item, Pool, answers, ask_ids, context, easy_items, ids, own_restorations, pool, scene_items, spoil,
                            thought, train_tokenizer, write_trace)
 from .degrade import CORRUPTIONS, TRAIN_WEIGHTS, sample_corruption
@@ -200,6 +200,11 @@ def load_stage(preset:Preset, seed:int, stage:str, device:str=None)->ClearModel:
     print(f'stage {stage!r} from {os.path.relpath(path, ROOT)}')
     told = {'system': preset.model.get('system', '')} if stage == 'base' else {} # a published base knows none
     return ClearModel.from_pretrained(path, device or accelerator().device, **told)
+
+# %% ../nbs/lib/27_base.ipynb #7a1c1203
+def base_seed(preset:Preset, seed:int)->int:
+    "By which seed the pictures of the base were drawn that `load_stage` opens: the run's own, else 0 for the shipped one"
+    return seed if stage_folder(preset.name, seed, 'base').is_dir() else 0
 
 # %% ../nbs/lib/27_base.ipynb #4e9c301e
 @torch.no_grad()

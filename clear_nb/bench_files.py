@@ -267,14 +267,19 @@ def _file(x)->bytes: # x: what a data set holds for a picture
     return x if isinstance(x, bytes) else _encode(np.array(x.convert('RGB'))) if isinstance(x, Image.Image) else b''
 
 # %% ../nbs/lib/33_bench_files.ipynb #bc2d6da9
-def _dataset_row(n:int, row:dict, columns:dict, benchmark:str): # Sample or Reject
+def _dataset_row(n:int, row:dict, columns:dict, benchmark:str, first:int=1): # first: as in `group_of`; Sample or Reject
     text = {k: str(row[c]) if row[c] is not None else '' for k, c in columns.items() if k not in ('image', 'options', 'answer')}
     index = text.pop('index', str(n))
     try: image = _file(row[columns['image']])
     except _DECODER_ERRORS as e: return Reject(n, index, 'undecodable image', str(e)[:200])
     options = _options(row, columns['options']) if 'options' in columns else {}
     return Sample(benchmark, index, answer=_letter(row[columns['answer']], options), image=image, options=options, picture=index,
-                  **{'group': group_of(benchmark, index), **text})
+                  **{'group': group_of(benchmark, index, first), **text})
+
+# %% ../nbs/lib/33_bench_files.ipynb #7a1c1201
+def _first(ds, columns:dict, benchmark:str)->int: # of `group_of`: does an index of pairs begin at 0 or at 1?
+    if 'mmvp' not in benchmark.lower() or 'index' not in columns: return 1
+    return int(all(str(r[columns['index']]) != '0' for r in ds.select_columns([columns['index']])))
 
 # %% ../nbs/lib/33_bench_files.ipynb #b6e946e7
 def _check_columns(columns:dict, present, what:str): # present: names, None when unknown
@@ -300,7 +305,9 @@ def read_datasets(ds, # datasets.Dataset or IterableDataset
     if total == 0: raise ValueError(f'the data set {benchmark!r} has no rows')
     kind = (ds.features or {}).get(columns['image'])
     if getattr(kind, 'decode', False): ds = ds.cast_column(columns['image'], type(kind)(decode=False)) # a broken picture must not end the loop
-    make = lambda: (_dataset_row(n, row, columns, benchmark) for n, row in enumerate(ds, 1))
+    def make():
+        first = _first(ds, columns, benchmark)
+        return (_dataset_row(n, row, columns, benchmark, first) for n, row in enumerate(ds, 1))
     return Rows(make, lambda: dict(dataset=benchmark, fingerprint=getattr(ds, '_fingerprint', None), columns=columns), total)
 
 # %% ../nbs/lib/33_bench_files.ipynb #6ff73a1a

@@ -6,7 +6,7 @@
 __all__ = ['train_bridge', 'main']
 
 # %% ../nbs/lib/30_bridge.ipynb #8bf69468
-from .base import load_stage
+from .base import base_seed, load_stage
 from .core import Preset, rng, stage_folder, torch_rng
 from .data import Pool, fingerprint
 from .model import ClearModel, freeze
@@ -39,6 +39,6 @@ def main(argv:list=None):
     base = None if source else load_stage(p, seed, 'base') # a folder brings its pathways
     labelled, examples, _ = training_set(model, base, p, seed, source, acc)
     with acc.autocast(): own = restored_by(model, labelled, examples, p, seed)
-    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p), acc, folder.with_name('bridge_state.pt'), saved_in(folder))
+    train_bridge(model, labelled, examples, p, own, seed, replay_pool(model, p, base_seed(p, seed)), acc, folder.with_name('bridge_state.pt'), saved_in(folder))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

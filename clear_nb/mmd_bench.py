@@ -26,6 +26,7 @@ from .data import Item, Pool, as_read, encode, own_restorations, pool, prompts
 from .generate import WITHOUT, Noise, Sampling, decode_pixels, generate
 from .model import ClearModel
 from .scoring import protocol_of, score_rows, score_units
+from .train import fast_precision
 from .trajectory import parse
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #92953b70
@@ -285,7 +286,7 @@ def run_subject(model:ClearModel, subject:Subject, preset:Preset, seed:int, fold
             clocks.append(clock.seconds)
         scores[b] = {s: dict(c, seconds=t) for s, c, t in zip(levels, results(cells) if cells else [], clocks)}
     hashes = {b: read_info(files(b, preset.eval.n, folder, 0, design))['content_hash'] for b in BENCHMARKS}
-    return dict(scores={subject.name: scores}, subject=asdict(subject), design=design, content_hash=hashes, corruptions=list(dg.CORRUPTIONS))
+    return dict(scores={subject.name: scores}, subject=asdict(subject), design=design, precision=acc.mixed_precision if acc else 'no', content_hash=hashes, corruptions=list(dg.CORRUPTIONS))
 
 # %% ../nbs/lib/36_mmd_bench.ipynb #12252a4a
 CODE = 'scenes degrade images data generate model mot vit vae flow trajectory bench_files reward scoring mmd_bench'.split()
@@ -293,7 +294,7 @@ CODE = 'scenes degrade images data generate model mot vit vae flow trajectory be
 def signature(subject:Subject, preset:Preset, seed:int, checkpoint:Path|None, design:str='mixed')->str:
     "Hash of everything that decides a record."
     code = [ast.unparse(ast.parse((PATHS.package/f'{m}.py').read_text())) for m in CODE]
-    values = [asdict(subject), {**asdict(preset.eval), 'seeds': seed}, preset.grpo.max_new_tokens, design]
+    values = [asdict(subject), {**asdict(preset.eval), 'seeds': seed}, preset.grpo.max_new_tokens, design, fast_precision()]
     return _digest([json.dumps(values), *code, file_hash(checkpoint) if checkpoint else 'fresh'])
 
 def checkpoint(preset:Preset, seed:int, stage:str)->Path|None:

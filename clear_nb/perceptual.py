@@ -212,14 +212,14 @@ def _state(model:ClearModel, start:list, draw:Noise, zs:tuple, ev:Eval, max_new:
 def states(model:ClearModel, p:Pool, ev:Eval, # batch, steps and shift are used
            noise:tuple, # key of the noise
            max_new:int, # tokens of the thought
-          )->tuple: # (n, z, h, w) latents; (n,) bool, did it ask?
+          )->tuple: # (n, z, h, w) latents; (n,) bool, did the thought end in time?
     "Restore every picture of a pool once, at the end of the model's own thought."
-    asked, latents = [], []
+    ended, latents = [], []
     for k in range(0, len(p), ev.batch):
         start = prompts(model.tokenizer, p, [(i, 0) for i in range(k, min(k + ev.batch, len(p)))])
         a, z = _state(model, start, Noise(*noise, first=k), tuple(p.seen_z[k].shape), ev, max_new)
-        asked, latents = asked + a, latents + z
-    return torch.stack(latents), np.array(asked)
+        ended, latents = ended + a, latents + z
+    return torch.stack(latents), np.array(ended)
 
 # %% ../nbs/lib/44_perceptual.ipynb #b46fce42
 def decoded(model:ClearModel, latents:Tensor, # (n, z, h, w)
@@ -238,7 +238,7 @@ class Shown:
     severity:str
     corruptions:list # names, one per picture
     pictures:dict # state or reference to (n, H, W, 3) uint8
-    asked:dict # stage to the share of thoughts that asked for a restoration
+    ended:dict # stage to the share of thoughts that ended in time
 
 # %% ../nbs/lib/44_perceptual.ipynb #df742c36
 def show(n:int, severity:str, split:str)->tuple: # data.Items, Shown
@@ -256,8 +256,8 @@ def restore_all(load:Callable, # (preset, seed, stage) -> ClearModel
         model = load(preset, seed, stage).eval()
         for s, (items, out) in todo.items():
             p = pool(model, items)
-            with acc.autocast() if acc else nullcontext(): z, asked = states(model, p, preset.eval, ('perceptual', seed, s), preset.grpo.max_new_tokens)
-            out.pictures[stage], out.asked[stage] = decoded(model, z), float(asked.mean())
+            with acc.autocast() if acc else nullcontext(): z, ended = states(model, p, preset.eval, ('perceptual', seed, s), preset.grpo.max_new_tokens)
+            out.pictures[stage], out.ended[stage] = decoded(model, z), float(ended.mean())
             if stage == 'sft': out.pictures['codec'] = decoded(model, p.clean_z)
     return {s: out for s, (_, out) in todo.items()}
 
@@ -295,7 +295,7 @@ def measure(shown:dict, # from `restore_all`
     scores = {}
     for s, v, k in tqdm(todo, 'scores', disable=not progress): scores.setdefault(k, {})[s] = _scored(v, k, columns)
     about = {k: dict(asdict(METRICS[k]), not_run='' if callable(f) else f) for k, f in columns.items()}
-    return dict(columns=about, scores=scores, inputs={s: _digest(v) for s, v in shown.items()}, corruptions=' '.join(first.corruptions), asked={s: v.asked for s, v in shown.items()})
+    return dict(columns=about, scores=scores, inputs={s: _digest(v) for s, v in shown.items()}, corruptions=' '.join(first.corruptions), ended={s: v.ended for s, v in shown.items()})
 
 # %% ../nbs/lib/44_perceptual.ipynb #4407c852
 def analyse(load:Callable, preset:Preset, seed:int=0, n:int=0, # pictures; 0: the preset's

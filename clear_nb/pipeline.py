@@ -145,16 +145,17 @@ def output_path(notebook:str, preset:str, seed:int|None, variant:str='')->Path:
 
 # %% ../nbs/lib/42_pipeline.ipynb #27d06b08
 def up_to_date(out:Path, key:str)->bool:
-    "Does `out` stand for exactly these inputs, and are the folders and records it made still there?"
+    "Does `out` stand for exactly these inputs, and are the folders, records and figures it made still there, and still the same?"
     file = out.with_suffix('.stamp.json')
     if not (out.is_file() and file.is_file()): return False
     try: old = json.loads(file.read_text())
     except ValueError as e: return bool(print(f'{file.name} is damaged ({e}): its notebook runs again'))
-    return old['key'] == key and all((out.parent/p).exists() for p in old['products'])
+    same = lambda p, made: (out.parent/p).exists() and file_hash(out.parent/p) == made
+    return old['key'] == key and isinstance(old['products'], dict) and all(same(*x) for x in old['products'].items())
 
 # %% ../nbs/lib/42_pipeline.ipynb #90408c20
-def _products(out:Path, notebook:str, preset:str, seed:int|None, variant:str='')->list[str]: # relative to the output
-    if seed is None: return []
+def _products(out:Path, notebook:str, preset:str, seed:int|None, variant:str='', since:float=0.)->list[str]: # relative to the output; since: when the notebook started
+    if seed is None: return [os.path.relpath(p, out.parent) for p in sorted((PATHS.figures/preset).glob('*')) if p.is_file() and p.stat().st_mtime >= since]
     kind = {n: STAGE_PARAMETERS.get(n, {}).get('variant', '') for n, by in STAGE_MADE_BY.items() if by == notebook}
     own = [stage_folder(preset, seed, n) for n, v in kind.items() if v == variant]
     others = {record_name(notebook, seed, v) for v in kind.values() if v not in ('', variant)}
@@ -179,10 +180,11 @@ def run(notebook:str|Path, # name such as '03_grpo', or the path of an .ipynb fi
     key, mark = stamp(path, preset, seed, params), out.with_suffix('.stamp.json')
     if up_to_date(out, key) and not force: print(f'{path.stem}: up to date'); return out
     out.parent.mkdir(parents=True, exist_ok=True); mark.unlink(missing_ok=True)
-    start = time.perf_counter()
+    start = time.time()
     _execute(path, out, given)
-    with atomic_path(mark) as tmp: tmp.write_text(json.dumps(dict(key=key, products=_products(out, path.stem, preset, seed, params.get('variant', '')))))
-    print(f'{path.stem}: {time.perf_counter()-start:.0f} s, {out}')
+    made = {p: file_hash(out.parent/p) for p in _products(out, path.stem, preset, seed, params.get('variant', ''), start)}
+    with atomic_path(mark) as tmp: tmp.write_text(json.dumps(dict(key=key, products=made)))
+    print(f'{path.stem}: {time.time()-start:.0f} s, {out}')
     return out
 
 # %% ../nbs/lib/42_pipeline.ipynb #ab73c51b

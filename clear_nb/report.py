@@ -417,7 +417,7 @@ def _sweep_row(kind, key, runs, theirs, model, benchmarks, scale)->dict: # their
     frame, keyed = scores_frame(runs), {k: f'{v:g}' for k, v in zip(names, key)}
     ours = {s: _ours(frame, model, s, benchmarks)['AVG'] for s in (('hard',) if kind == 'steps' else ('clean', 'hard'))}
     row = {**keyed, **_beside(ours, pd.DataFrame([theirs], index=['x']), 'x', scale)}
-    if kind == 'steps': row |= {f'seconds per 100 hard questions (ours, {scale})': _pace(runs, model), f'milliseconds of denoising (ours, {scale})': _denoising(runs),
+    if kind == 'steps': row |= {f'seconds per 100 hard questions (ours, {scale})': _pace(runs, model), f'milliseconds of prefill and denoising (ours, {scale})': _denoising(runs),
                                 'seconds of denoising (paper, 7B)': theirs.get('denoising_seconds', 'not reported')}
     return row | {'training seeds': ', '.join(sorted({str(r['seed']) for r in runs})) or 'none'}
 
@@ -463,7 +463,7 @@ def figure_sweeps(weight:pd.DataFrame, steps:pd.DataFrame, # `table_sweep` of 'l
     hard = {f'ours, {scale}': f'hard (ours, {scale})', 'paper, 7B': 'hard (paper, 7B)'}
     _curve(axes[0], weight, hard, 'hard, accuracy (%)', xlabel='λ')
     _curve(axes[1], steps, hard, 'hard, accuracy (%)', xscale='log', xlabel='N')
-    _curve(axes[2], steps, {f'ours, {scale}': f'milliseconds of denoising (ours, {scale})'}, 'milliseconds per restoration', xlabel='N')
+    _curve(axes[2], steps, {f'ours, {scale}': f'milliseconds of prefill and denoising (ours, {scale})'}, 'milliseconds per restoration\n(prefill included)', xlabel='N')
     axes[1].legend(fontsize=6, frameon=False)
     return fig
 

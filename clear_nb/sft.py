@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .base import base_items, later_sample, load_stage, restore_sample, vqa_sample
+from .base import base_items, base_seed, later_sample, load_stage, restore_sample, vqa_sample
 from .core import Preset, rng, stage_folder, torch_rng
 from .data import Example, Pool, all_pairs, answers, ask_ids, assign, context, fingerprint, ids, labelled_items, open_training, opening, own_pixels, own_restorations, pool, write_trace
 from .flow import sample_time
@@ -84,7 +84,7 @@ def sft_row(tok, p:Pool, group:list, g:np.random.Generator, t:torch.Generator, c
 REPLAYED = .2 # share of stage 0's pictures that is kept for replay
 
 def replay_pool(model:ClearModel, preset:Preset, seed:int=0)->Pool|None:
-    "Pictures of stage 0 to go on with; None when the preset replays nothing"
+    "Pictures of stage 0 to go on with, drawn by the seed of the base (`base.base_seed`); None when the preset replays nothing"
     if not preset.sft.replay: return None
     few = replace(preset.data, scenes=max(1, round(REPLAYED*preset.data.scenes)))
     return pool(model, base_items(replace(preset, data=few), seed), 'replay')
@@ -94,6 +94,7 @@ def clean_trace(q, g:np.random.Generator)->str:
     "A direct trace about a clean picture"
     return write_trace(q, '', 'clean', False, g)[0]
 
+# %% ../nbs/lib/28_sft.ipynb #7a1c1202
 def replay_rows(tok, p:Pool, n:int, preset:Preset, g:np.random.Generator, t:torch.Generator, inputs:str='both')->list: # n rows
     "Rows of stage 0: clean questions, half of them asked before the picture is shown, and pictures to restore"
     restored = round(n*preset.base.restore_share/(1 + preset.base.restore_share))
@@ -210,7 +211,7 @@ def main(argv:list=None):
     acc, model, folder = accelerator(), load_stage(p, seed, 'base'), stage_folder(p.name, seed, 'sft')
     labelled, examples, _ = training_set(model, model, p, seed, source, acc)
     with acc.autocast(): own = restored_by(model, labelled, examples, p, seed) if p.sft.own else None
-    train_sft(model, labelled, examples, p, seed, own=own, replayed=replay_pool(model, p), acc=acc,
+    train_sft(model, labelled, examples, p, seed, own=own, replayed=replay_pool(model, p, base_seed(p, seed)), acc=acc,
               state=folder.with_name('sft_state.pt'), done=saved_in(folder))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

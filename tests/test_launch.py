@@ -1,6 +1,7 @@
 """Stages from the command line, configurations of accelerate, and the options of the preset's section `train`."""
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -52,6 +53,18 @@ def test_commands(monkeypatch, tmp_path, capsys):
         assert json.loads((tmp_path/'smoke'/'seed1'/stage/'history.json').read_text())[-1]['grad_norm'] > 0
         assert capsys.readouterr().out.rstrip().endswith(f'seed1/{stage}')
     assert {p.name for p in (tmp_path/'smoke'/'seed1').iterdir()} <= {'sft', 'bridge', 'grpo', 'logs'}
+
+
+def test_replayed_pictures(made, monkeypatch, tmp_path):
+    """Stages 1 and 2 repeat what their base has seen: the pictures of its seed, where the run has trained one, else those of the shipped base."""
+    monkeypatch.setattr(PATHS, 'runs', tmp_path)
+    p = smoke(2, **{'sft.replay': .5})
+    assert base.base_seed(p, 3) == 0
+    (tmp_path/'smoke'/'seed3'/'base').mkdir(parents=True)
+    assert base.base_seed(p, 3) == 3
+    prompts = lambda items: [q.prompt for i in items for q in i.questions]
+    few = replace(p, data=replace(p.data, scenes=max(1, round(sft.REPLAYED*p.data.scenes))))
+    assert prompts(sft.replay_pool(made[0], p, 3).items) == prompts(base.base_items(few, 3)) != prompts(sft.replay_pool(made[0], p).items)
 
 
 @pytest.mark.parametrize('params, why', [('params/tinny.yaml', "no preset 'tinny' in params/: did you mean 'tiny'"), ('tinny', "did you mean 'tiny'")])

@@ -146,11 +146,11 @@ def test_noise_is_that_of_the_picture(smoke):
     """A state depends on its own picture and number, not on the batch it is in, nor on the stage."""
     model = fresh(smoke, 0, 'sft').eval()
     p = pool(model, pc.inputs(3, 'hard'))
-    z, asked = pc.states(model, p, smoke.eval, ('perceptual', 0, 'hard'), 4)
+    z, ended = pc.states(model, p, smoke.eval, ('perceptual', 0, 'hard'), 4)
     again, _ = pc.states(model, p, load_preset('smoke', **{'eval.batch': 8}).eval, ('perceptual', 0, 'hard'), 4)
     torch.testing.assert_close(z, again, atol=1e-4, rtol=1e-4)
     other, _ = pc.states(model, p, smoke.eval, ('perceptual', 1, 'hard'), 4)
-    assert z.shape[0] == len(asked) == 3 and not torch.allclose(z, other)
+    assert z.shape[0] == len(ended) == 3 and not torch.allclose(z, other)
 
 
 def test_every_input_has_both_states(analysis, smoke):

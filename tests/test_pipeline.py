@@ -34,6 +34,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, 'check_export', lambda: None)
     monkeypatch.setattr(PATHS, 'runs', tmp_path/'runs')
     monkeypatch.setattr(PATHS, 'checkpoints', tmp_path/'shipped')
+    monkeypatch.setattr(PATHS, 'figures', tmp_path/'figures')
     monkeypatch.setattr(pipeline, 'ROOT', tmp_path)
     find = pipeline.notebook_path
     monkeypatch.setattr(pipeline, 'notebook_path', lambda n: find(n, tmp_path/'nbs'))
@@ -124,8 +125,27 @@ def test_missing_product(house):
     out = run('01_sft', 'smoke')
     key = json.loads(out.with_suffix('.stamp.json').read_text())['key']
     assert up_to_date(out, key)
+    weights = house/'runs'/'smoke'/'seed0'/'sft'/'model'/'w'
+    weights.write_text('2') # of another run
+    assert not up_to_date(out, key)
+    weights.write_text('1')
+    assert up_to_date(out, key)
     shutil.rmtree(house/'runs'/'smoke'/'seed0'/'sft')
     assert not up_to_date(out, key)
+
+
+def test_missing_figure(house, capfd):
+    """A table that was removed or altered is drawn again; one that the notebook did not write is not its own."""
+    table = house/'figures'/'smoke'/'t.md'
+    code = f"from pathlib import Path\np = Path({str(table)!r}); p.parent.mkdir(parents=True, exist_ok=True); p.write_text('1')"
+    notebook(house/'nbs'/'07_tables.ipynb', "preset:str = 'smoke'", code)
+    table.parent.mkdir(parents=True); (other := table.with_name('other.md')).write_text('x'); os.utime(other, (1, 1))
+    run('07_tables', 'smoke', None)
+    for spoil in (lambda: table.unlink(), lambda: table.write_text('garbage')):
+        spoil(); run('07_tables', 'smoke', None)
+        assert table.read_text() == '1'
+    other.unlink(); capfd.readouterr(); run('07_tables', 'smoke', None)
+    assert '07_tables: up to date' in capfd.readouterr().out
 
 
 def test_chain_stops_at_a_failure(house, capfd):

@@ -346,7 +346,7 @@ def test_sensitivity_figure(records):
     make = lambda extra, main: {k: table_sweep(k, extra, main, list(SETS), scale='x') for k in ('lambda', 'steps')}
     weight, steps = make([timed], records).values()
     fig = figure_sweeps(weight, steps, 'x')
-    assert steps.set_index('steps')['milliseconds of denoising (ours, x)']['30'] == 4 and fig.axes[2].containers[0].lines[0].get_ydata().tolist() == [4]
+    assert steps.set_index('steps')['milliseconds of prefill and denoising (ours, x)']['30'] == 4 and fig.axes[2].containers[0].lines[0].get_ydata().tolist() == [4]
     assert fig.axes[0].containers[0].lines[0].get_ydata() == pytest.approx([weight.set_index('lambda')['hard (ours, x)']['0.3'].mean])
     assert [ax.texts[0].get_text() for ax in figure_sweeps(*make([], []).values(), 'x').axes] == ['unknown']*3
     plt.close('all')

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     'scoring': ['reward', 'judge'],
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
     'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report'],
-    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring'],
+    'mmd_bench': ['degrade', 'scenes', 'generate', 'reward', 'data', 'bench_files', 'scoring', 'train'],
     'ablations': ['paper', 'sft', 'bridge', 'grpo', 'mmd_bench'],
     'answer': ['generate', 'images', 'data'],
     'explore': ['answer', 'grpo', 'degrade', 'scenes'],
