@@ -312,7 +312,8 @@ INTERRUPTED = [sys.executable, '-m', 'clear_nb.bench', 'bench', '--data']
 
 def stopped(args, ready, **env): # status and standard error after Ctrl-C
     "Run a command until `ready` says so, then interrupt it."
-    p = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **env})
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # also where the tests were started in the background, which ignores it
+    p = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **env}, preexec_fn=listens)
     try:
         while p.poll() is None and not ready(): time.sleep(.02)
         p.send_signal(signal.SIGINT)

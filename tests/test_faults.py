@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import SimpleNamespace as Space
 
@@ -645,17 +645,17 @@ def counted(s):
     asked = []
     import bench_rows
     plain = bench_rows.guess
+    @wraps(plain)
     def f(picture, prompt): asked.append(prompt); return plain(picture, prompt)
-    f.__module__, f.__qualname__ = plain.__module__, plain.__qualname__
     yield f, asked
 
 
 def run_killed(s):
     with counted(s) as (f, asked):
+        @wraps(f)
         def deadly(picture, prompt):
             if len(asked) == 9: os.kill(os.getpid(), signal.SIGKILL)
             return f(picture, prompt)
-        deadly.__module__, deadly.__qualname__ = f.__module__, f.__qualname__
         yield died(lambda: ask(s, 'r', deadly))
         assert len(results(s.tmp/'r')) == 8 and asked == []
         ask(s, 'r', f)
@@ -852,7 +852,7 @@ def stamp_cut(s):
     assert not pipeline.up_to_date(out, 'k')
     yield s.printed()
     assert out.read_text() == '{}'
-    out.with_suffix('.stamp.json').write_text('{"key": "k", "products": []}')
+    out.with_suffix('.stamp.json').write_text('{"key": "k", "products": {}}')
     assert pipeline.up_to_date(out, 'k')
 
 
