@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 STEPS = 5
 FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_TRANSFORMER_CLS_TO_WRAP='Layer',
             FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='false')
-JOBS = {'alone': (1, {}), 'fsdp': (2, FSDP), 'ddp': (2, {}), 'packed': (2, {}), 'lazy': (2, FSDP)} # packed: trajectories share rows; lazy: pictures are encoded when asked for, and pass in pieces
+JOBS = {'alone': (1, {}), 'fsdp': (2, FSDP), 'ddp': (2, {}), 'packed': (2, {}), 'lazy': (2, FSDP)} # packed: trajectories share rows; lazy: pictures are encoded when asked for; both pass in pieces
 
 
 # ---------------------------------------------------------------- what runs in the processes
@@ -29,7 +29,7 @@ def preset(**changes): return smoke(STEPS, **changes, **{'sft.ema': .9, 'grpo.be
 
 def same(made, out, acc):
     """Every stage, with images in the first half of a batch only; history and weights go to a file."""
-    p = preset(**{'train.row_tokens': 2000*(out.name == 'packed'), 'train.micro': 3*(out.name == 'lazy')})
+    p = preset(**{'train.row_tokens': 2000*(out.name == 'packed'), 'train.micro': 3*(out.name in ('lazy', 'packed'))})
     for stage in STAGES:
         model, kept, pieces = copy.deepcopy(made[0]), {}, []
         if out.name == 'lazy': made = (made[0], lazy_pool(model, made[1].items, 4), *made[2:])
