@@ -6,45 +6,90 @@ Writes a TSV of 512-pixel JPEG pictures, builds from it in a fresh process with 
 memory of the process that reads and writes, the largest of a worker, and their sum: reader + workers x largest worker, an upper bound,
 because the peaks need not fall together and shared libraries are counted in each.
 """
-import argparse, base64, json, resource, subprocess, sys, tempfile, time
+
+import argparse
+import base64
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 import cv2
 import numpy as np
+
 from clear_nb.bench_files import build_files, read_tsv
 from clear_nb.core import peak_memory, rng
+
 
 def photos(n, side):
     "Smooth colours with grain, as JPEG files"
     for k in range(n):
         r = rng('build memory', k)
-        smooth = cv2.resize(r.integers(0, 256, (24, 24, 3), dtype=np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+        smooth = cv2.resize(
+            r.integers(0, 256, (24, 24, 3), dtype=np.uint8),
+            (side, side),
+            interpolation=cv2.INTER_CUBIC,
+        )
         grain = r.integers(-6, 7, (side, side, 3), dtype=np.int16)
-        yield cv2.imencode('.jpg', np.clip(smooth+grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+        yield cv2.imencode(
+            '.jpg', np.clip(smooth + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90]
+        )[1].tobytes()
+
 
 def write_tsv(path, rows, side):
     "A benchmark of `rows` questions, each with a picture of its own"
     with path.open('w') as f:
         f.write('index\timage\tquestion\tA\tB\tanswer\n')
-        for k, data in enumerate(photos(rows, side)): f.write(f'{k}\t{base64.b64encode(data).decode()}\twhich?\tred\tblue\tA\n')
+        for k, data in enumerate(photos(rows, side)):
+            f.write(f'{k}\t{base64.b64encode(data).decode()}\twhich?\tred\tblue\tA\n')
+
 
 def child(tsv, out, settings):
     "Build and print what it took"
     start = time.perf_counter()
     info = build_files(read_tsv(tsv), out, progress=False, **settings)
     unit = 2**20 if sys.platform == 'darwin' else 2**10
-    worker = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/unit) if settings['workers'] > 1 else 0
+    worker = (
+        round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit)
+        if settings['workers'] > 1
+        else 0
+    )
     reader = peak_memory()['cpu']
-    print(json.dumps(dict(pictures=info['counts']['rows'], reader_mib=reader, largest_worker_mib=worker,
-                          sum_mib=reader+worker*settings['workers']*(settings['workers'] > 1), seconds=round(time.perf_counter()-start, 1))))
+    print(
+        json.dumps(
+            dict(
+                pictures=info['counts']['rows'],
+                reader_mib=reader,
+                largest_worker_mib=worker,
+                sum_mib=reader + worker * settings['workers'] * (settings['workers'] > 1),
+                seconds=round(time.perf_counter() - start, 1),
+            )
+        )
+    )
+
 
 def measure(rows, side, settings, folder):
     "One line for a number of rows"
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        tsv, out = Path(tmp)/'synthetic.tsv', Path(tmp)/'out'
+        tsv, out = Path(tmp) / 'synthetic.tsv', Path(tmp) / 'out'
         write_tsv(tsv, rows, side)
-        size = tsv.stat().st_size/2**20
-        done = subprocess.run([sys.executable, __file__, '--child', str(tsv), str(out), json.dumps(settings)], check=True, capture_output=True, text=True)
-        return dict(rows=rows, tsv_mib=round(size), **json.loads(done.stdout.splitlines()[-1]), written_mib=round(sum(p.stat().st_size for p in out.iterdir())/2**20))
+        size = tsv.stat().st_size / 2**20
+        done = subprocess.run(
+            [sys.executable, __file__, '--child', str(tsv), str(out), json.dumps(settings)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return dict(
+            rows=rows,
+            tsv_mib=round(size),
+            **json.loads(done.stdout.splitlines()[-1]),
+            written_mib=round(sum(p.stat().st_size for p in out.iterdir()) / 2**20),
+        )
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,14 +101,24 @@ def main():
     p.add_argument('--jpeg-quality', type=int, default=None, help='PNG if not given')
     p.add_argument('--folder', default=None, help='where the temporary files go')
     a = p.parse_args()
-    settings = dict(workers=a.workers, corruptions=a.corruptions, severities=a.severities, jpeg_quality=a.jpeg_quality)
+    settings = dict(
+        workers=a.workers,
+        corruptions=a.corruptions,
+        severities=a.severities,
+        jpeg_quality=a.jpeg_quality,
+    )
     print(settings)
     found = []
     for n in a.rows:
         found.append(measure(n, a.side, settings, a.folder))
         print(found[-1], flush=True)
-    print(f"largest over smallest: {max(f['sum_mib'] for f in found)/min(f['sum_mib'] for f in found):.3f}")
+    print(
+        f'largest over smallest: {max(f["sum_mib"] for f in found) / min(f["sum_mib"] for f in found):.3f}'
+    )
+
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--child']: child(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
-    else: main()
+    if sys.argv[1:2] == ['--child']:
+        child(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+    else:
+        main()

@@ -1,4 +1,5 @@
 """Shared by all tests: one thread per worker, no window, offline."""
+
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')

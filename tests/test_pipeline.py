@@ -1,4 +1,5 @@
 """The strict runner, on toy notebooks with real kernels."""
+
 import json
 import os
 import shutil
@@ -9,11 +10,22 @@ import time
 
 import nbformat
 import pytest
-from clear_nb import pipeline
-from clear_nb.core import PATHS, ROOT
-from clear_nb.pipeline import NotebookFailed, main, modules, run, run_all, stale_exports, stamp, steps, up_to_date
 from nbformat.v4 import new_code_cell, new_notebook
 from processes import python
+
+from clear_nb import pipeline
+from clear_nb.core import PATHS, ROOT
+from clear_nb.pipeline import (
+    NotebookFailed,
+    main,
+    reached_modules,
+    run,
+    run_all,
+    stale_exports,
+    stamp,
+    steps,
+    up_to_date,
+)
 
 CHAIN = steps('base', full=True)
 HEAD = "preset:str = 'smoke' # numbers\nseed:int = 0 # run\nsteps:int = 2 # updates"
@@ -22,9 +34,18 @@ HEAD = "preset:str = 'smoke' # numbers\nseed:int = 0 # run\nsteps:int = 2 # upda
 def notebook(path, *sources, tags=('parameters',)):
     """Write a notebook; the n-th tag goes to the n-th cell."""
     cells = [new_code_cell(s) for s in sources]
-    for cell, tag in zip(cells, tags): cell.metadata['tags'] = [tag]
+    for cell, tag in zip(cells, tags):
+        cell.metadata['tags'] = [tag]
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3'))), path)
+    nbformat.write(
+        new_notebook(
+            cells=cells,
+            metadata=dict(
+                kernelspec=dict(display_name='python3', language='python', name='python3')
+            ),
+        ),
+        path,
+    )
     return path
 
 
@@ -32,137 +53,188 @@ def notebook(path, *sources, tags=('parameters',)):
 def house(tmp_path, monkeypatch):
     """A project with an in-sync library whose runs and notebooks lie in a temporary folder."""
     monkeypatch.setattr(pipeline, 'check_export', lambda: None)
-    monkeypatch.setattr(PATHS, 'runs', tmp_path/'runs')
-    monkeypatch.setattr(PATHS, 'checkpoints', tmp_path/'shipped')
-    monkeypatch.setattr(PATHS, 'figures', tmp_path/'figures')
+    monkeypatch.setattr(PATHS, 'runs', tmp_path / 'runs')
+    monkeypatch.setattr(PATHS, 'checkpoints', tmp_path / 'shipped')
+    monkeypatch.setattr(PATHS, 'figures', tmp_path / 'figures')
     monkeypatch.setattr(pipeline, 'ROOT', tmp_path)
     find = pipeline.notebook_path
-    monkeypatch.setattr(pipeline, 'notebook_path', lambda n: find(n, tmp_path/'nbs'))
-    monkeypatch.setattr(pipeline, 'STAGES', ['01_sft', '02_bridge', '07_tables'])
+    monkeypatch.setattr(pipeline, 'notebook_path', lambda n: find(n, tmp_path / 'nbs'))
+    monkeypatch.setattr(pipeline, 'NOTEBOOK_ORDER', ['01_sft', '02_bridge', '07_tables'])
     return tmp_path
 
 
-def text(path): return ''.join(o.get('text', '') for c in nbformat.read(path, 4).cells for o in c.get('outputs', []))
+def text(path):
+    return ''.join(
+        o.get('text', '') for c in nbformat.read(path, 4).cells for o in c.get('outputs', [])
+    )
 
 
 def test_values_arrive(house):
     """Preset, seed and extra values replace the defaults; the kernel works in the notebook's folder."""
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, 'import os; print(preset, seed, steps, os.path.basename(os.getcwd()))')
+    notebook(
+        house / 'nbs' / '01_sft.ipynb',
+        HEAD,
+        'import os; print(preset, seed, steps, os.path.basename(os.getcwd()))',
+    )
     out = run('01_sft', 'smoke', 3, steps=5)
-    assert out == house/'runs'/'smoke'/'seed3'/'01_sft.ipynb' and text(out).strip() == 'smoke 3 5 nbs'
+    assert (
+        out == house / 'runs' / 'smoke' / 'seed3' / '01_sft.ipynb'
+        and text(out).strip() == 'smoke 3 5 nbs'
+    )
     assert sorted(p.name for p in out.parent.iterdir()) == ['01_sft.ipynb', '01_sft.stamp.json']
 
 
 @pytest.mark.parametrize('tags', [(), ('parameters', 'parameters')])
 def test_needs_one_parameters_cell(house, tags):
     """papermill would run such a notebook with its defaults."""
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, 'steps = 3', tags=tags)
-    with pytest.raises(ValueError, match='tagged `parameters`'): run('01_sft', 'smoke')
-    assert not (house/'runs').exists()
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD, 'steps = 3', tags=tags)
+    with pytest.raises(ValueError, match='tagged `parameters`'):
+        run('01_sft', 'smoke')
+    assert not (house / 'runs').exists()
 
 
 def test_unknown_names(house):
     """A misspelt parameter, notebook or preset is refused before anything runs."""
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD)
-    with pytest.raises(ValueError, match="no parameter 'step': did you mean 'steps'"): run('01_sft', 'smoke', step=5)
-    with pytest.raises(ValueError, match="did you mean '01_sft'"): run('01_stf', 'smoke')
-    with pytest.raises(ValueError, match="did you mean 'smoke'"): run('01_sft', 'smok')
-    notebook(house/'nbs'/'07_tables.ipynb', "preset = 'smoke'")
-    with pytest.raises(ValueError, match="no parameter 'seed'"): run('07_tables', 'smoke', 0)
-    assert not (house/'runs').exists()
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD)
+    with pytest.raises(ValueError, match="no parameter 'step': did you mean 'steps'"):
+        run('01_sft', 'smoke', step=5)
+    with pytest.raises(ValueError, match="did you mean '01_sft'"):
+        run('01_stf', 'smoke')
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        run('01_sft', 'smok')
+    notebook(house / 'nbs' / '07_tables.ipynb', "preset = 'smoke'")
+    with pytest.raises(ValueError, match="no parameter 'seed'"):
+        run('07_tables', 'smoke', 0)
+    assert not (house / 'runs').exists()
 
 
 def test_failing_cell(house):
     """The final name stays free; the partial output is named and holds the traceback."""
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, "print('before')", "raise KeyError('inside')")
-    with pytest.raises(NotebookFailed, match="01_sft failed in cell 3: KeyError: 'inside'\npartial output: .*01_sft.partial.ipynb"): run('01_sft', 'smoke')
-    folder = house/'runs'/'smoke'/'seed0'
-    assert [p.name for p in folder.iterdir()] == ['01_sft.partial.ipynb'] and 'before' in text(folder/'01_sft.partial.ipynb')
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD, "print('before')", "raise KeyError('inside')")
+    with pytest.raises(
+        NotebookFailed,
+        match="01_sft failed in cell 3: KeyError: 'inside'\npartial output: .*01_sft.partial.ipynb",
+    ):
+        run('01_sft', 'smoke')
+    folder = house / 'runs' / 'smoke' / 'seed0'
+    assert [p.name for p in folder.iterdir()] == ['01_sft.partial.ipynb'] and 'before' in text(
+        folder / '01_sft.partial.ipynb'
+    )
 
 
 def test_dead_kernel(house):
     """A kernel that dies (memory, a crash in C) is reported like an error."""
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)')
-    with pytest.raises(NotebookFailed, match='01_sft failed in DeadKernelError'): run('01_sft', 'smoke')
+    notebook(
+        house / 'nbs' / '01_sft.ipynb',
+        HEAD,
+        'import os, signal; os.kill(os.getpid(), signal.SIGKILL)',
+    )
+    with pytest.raises(NotebookFailed, match='01_sft failed in DeadKernelError'):
+        run('01_sft', 'smoke')
 
 
 def test_up_to_date(house, capfd):
     """Runs again only when something that goes in has changed, or on request."""
-    path = notebook(house/'nbs'/'01_sft.ipynb', HEAD, 'print(steps)')
+    path = notebook(house / 'nbs' / '01_sft.ipynb', HEAD, 'print(steps)')
     out = run('01_sft', 'smoke')
+
     def ran(**k):
         before = out.stat().st_mtime_ns
         run('01_sft', 'smoke', **k)
         return out.stat().st_mtime_ns > before
+
     assert not ran() and ran(steps=3) and ran() and ran(force=True)
-    nb = nbformat.read(path, 4); nb.cells[1].source += ' # changed'; nbformat.write(nb, path)
+    nb = nbformat.read(path, 4)
+    nb.cells[1].source += ' # changed'
+    nbformat.write(nb, path)
     assert ran() and not ran()
-    out.unlink(); run('01_sft', 'smoke')
+    out.unlink()
+    run('01_sft', 'smoke')
     assert out.exists() and '01_sft: up to date' in capfd.readouterr().out
 
 
 def test_stamp_covers_what_goes_in(house):
     """Code, preset, seed, parameters and the products of earlier stages; not outputs or later stages."""
-    path = notebook(house/'nbs'/'02_bridge.ipynb', HEAD, 'from clear_nb.paper import audit')
+    path = notebook(house / 'nbs' / '02_bridge.ipynb', HEAD, 'from clear_nb.paper import audit')
     first = stamp(path, 'smoke', 0, {})
-    others = [stamp(path, 'tiny', 0, {}), stamp(path, 'smoke', 1, {}), stamp(path, 'smoke', 0, {'steps': 3})]
-    (house/'shipped'/'smoke'/'sft').mkdir(parents=True); (house/'shipped'/'smoke'/'sft'/'w').write_text('shipped')
+    others = [
+        stamp(path, 'tiny', 0, {}),
+        stamp(path, 'smoke', 1, {}),
+        stamp(path, 'smoke', 0, {'steps': 3}),
+    ]
+    (house / 'shipped' / 'smoke' / 'sft').mkdir(parents=True)
+    (house / 'shipped' / 'smoke' / 'sft' / 'w').write_text('shipped')
     others.append(stamp(path, 'smoke', 0, {}))
-    model = house/'runs'/'smoke'/'seed0'/'sft'
+    model = house / 'runs' / 'smoke' / 'seed0' / 'sft'
     for weights in '12':
-        model.mkdir(parents=True, exist_ok=True); (model/'w').write_text(weights)
+        model.mkdir(parents=True, exist_ok=True)
+        (model / 'w').write_text(weights)
         others.append(stamp(path, 'smoke', 0, {}))
-    assert len({first, *others}) == 1+len(others)
-    (house/'runs'/'smoke'/'seed0'/'grpo').mkdir(parents=True)
-    nb = nbformat.read(path, 4); nb.cells[1].outputs = [nbformat.v4.new_output('stream', text='x')]; nbformat.write(nb, path)
+    assert len({first, *others}) == 1 + len(others)
+    (house / 'runs' / 'smoke' / 'seed0' / 'grpo').mkdir(parents=True)
+    nb = nbformat.read(path, 4)
+    nb.cells[1].outputs = [nbformat.v4.new_output('stream', text='x')]
+    nbformat.write(nb, path)
     assert stamp(path, 'smoke', 0, {}) == others[-1]
 
 
 def test_missing_product(house):
     """Somebody deleted the weights: the stage is not finished any more."""
     code = f"from pathlib import Path\np = Path({str(house)!r})/'runs/smoke/seed0/sft/model'; p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')"
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, code)
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
     out = run('01_sft', 'smoke')
     key = json.loads(out.with_suffix('.stamp.json').read_text())['key']
     assert up_to_date(out, key)
-    weights = house/'runs'/'smoke'/'seed0'/'sft'/'model'/'w'
-    weights.write_text('2') # of another run
+    weights = house / 'runs' / 'smoke' / 'seed0' / 'sft' / 'model' / 'w'
+    weights.write_text('2')  # of another run
     assert not up_to_date(out, key)
     weights.write_text('1')
     assert up_to_date(out, key)
-    shutil.rmtree(house/'runs'/'smoke'/'seed0'/'sft')
+    shutil.rmtree(house / 'runs' / 'smoke' / 'seed0' / 'sft')
     assert not up_to_date(out, key)
 
 
 def test_missing_figure(house, capfd):
     """A table that was removed or altered is drawn again; one that the notebook did not write is not its own."""
-    table = house/'figures'/'smoke'/'t.md'
+    table = house / 'figures' / 'smoke' / 't.md'
     code = f"from pathlib import Path\np = Path({str(table)!r}); p.parent.mkdir(parents=True, exist_ok=True); p.write_text('1')"
-    notebook(house/'nbs'/'07_tables.ipynb', "preset:str = 'smoke'", code)
-    table.parent.mkdir(parents=True); (other := table.with_name('other.md')).write_text('x'); os.utime(other, (1, 1))
+    notebook(house / 'nbs' / '07_tables.ipynb', "preset:str = 'smoke'", code)
+    table.parent.mkdir(parents=True)
+    (other := table.with_name('other.md')).write_text('x')
+    os.utime(other, (1, 1))
     run('07_tables', 'smoke', None)
     for spoil in (lambda: table.unlink(), lambda: table.write_text('garbage')):
-        spoil(); run('07_tables', 'smoke', None)
+        spoil()
+        run('07_tables', 'smoke', None)
         assert table.read_text() == '1'
-    other.unlink(); capfd.readouterr(); run('07_tables', 'smoke', None)
+    other.unlink()
+    capfd.readouterr()
+    run('07_tables', 'smoke', None)
     assert '07_tables: up to date' in capfd.readouterr().out
 
 
 def test_chain_stops_at_a_failure(house, capfd):
     """Later notebooks do not run; the next call skips what is finished."""
-    for name, body in [('01_sft', 'print(1)'), ('02_bridge', "raise ValueError('no')"), ('07_tables', 'print(1)')]:
+    for name, body in [
+        ('01_sft', 'print(1)'),
+        ('02_bridge', "raise ValueError('no')"),
+        ('07_tables', 'print(1)'),
+    ]:
         head = HEAD if name != '07_tables' else "preset:str = 'smoke'"
-        notebook(house/'nbs'/f'{name}.ipynb', head, body)
-    pipeline.STAGES.insert(0, '00_base')
+        notebook(house / 'nbs' / f'{name}.ipynb', head, body)
+    pipeline.NOTEBOOK_ORDER.insert(0, '00_base')
     assert main(['--preset', 'smoke']) == 1
-    assert "02_bridge failed in cell 2: ValueError: no" in capfd.readouterr().err
-    assert not (house/'runs'/'smoke'/'07_tables.ipynb').exists()
-    notebook(house/'nbs'/'02_bridge.ipynb', HEAD, 'print(2)')
+    assert '02_bridge failed in cell 2: ValueError: no' in capfd.readouterr().err
+    assert not (house / 'runs' / 'smoke' / '07_tables.ipynb').exists()
+    notebook(house / 'nbs' / '02_bridge.ipynb', HEAD, 'print(2)')
     assert main(['--preset', 'smoke']) == 0
-    assert '01_sft: up to date' in capfd.readouterr().out and (house/'runs'/'smoke'/'07_tables.ipynb').exists()
+    assert (
+        '01_sft: up to date' in capfd.readouterr().out
+        and (house / 'runs' / 'smoke' / '07_tables.ipynb').exists()
+    )
 
 
-KILLED = '''
+KILLED = """
 import sys
 from pathlib import Path
 from clear_nb import pipeline
@@ -172,76 +244,132 @@ PATHS.runs = house/'runs'; pipeline.ROOT = house; pipeline.check_export = lambda
 pipeline.notebook_path = lambda n: find(n, house/'nbs')
 pipeline.STAGES = ['00_base', '01_sft', '02_bridge']
 pipeline.run_all('smoke')
-'''
+"""
 
 
 @pytest.mark.slow
 def test_kill_and_resume(house):
     """kill -9 in the second stage: the first is skipped afterwards, the second runs to its end."""
-    flag = house/'go'
-    notebook(house/'nbs'/'01_sft.ipynb', HEAD, 'print(1)')
-    notebook(house/'nbs'/'02_bridge.ipynb', HEAD, f'import os, time\nfor _ in range(600):\n    if os.path.exists({str(flag)!r}): break\n    time.sleep(.05)')
-    folder = house/'runs'/'smoke'/'seed0'
-    child = subprocess.Popen([sys.executable, '-c', KILLED, str(house)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.time()+90
-    while not (folder/'02_bridge.partial.ipynb').exists() and time.time() < end and child.poll() is None: time.sleep(.1)
-    child.send_signal(signal.SIGKILL); child.wait()
-    assert (folder/'01_sft.stamp.json').exists() and not (folder/'02_bridge.ipynb').exists()
-    before = (folder/'01_sft.ipynb').stat().st_mtime_ns
+    flag = house / 'go'
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD, 'print(1)')
+    notebook(
+        house / 'nbs' / '02_bridge.ipynb',
+        HEAD,
+        f'import os, time\nfor _ in range(600):\n    if os.path.exists({str(flag)!r}): break\n    time.sleep(.05)',
+    )
+    folder = house / 'runs' / 'smoke' / 'seed0'
+    child = subprocess.Popen(
+        [sys.executable, '-c', KILLED, str(house)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.time() + 90
+    while (
+        not (folder / '02_bridge.partial.ipynb').exists()
+        and time.time() < end
+        and child.poll() is None
+    ):
+        time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (folder / '01_sft.stamp.json').exists() and not (folder / '02_bridge.ipynb').exists()
+    before = (folder / '01_sft.ipynb').stat().st_mtime_ns
     flag.write_text('')
-    subprocess.run([sys.executable, '-c', KILLED, str(house)], cwd=ROOT, check=True, capture_output=True)
-    assert (folder/'01_sft.ipynb').stat().st_mtime_ns == before
-    assert sorted(p.name for p in folder.iterdir()) == ['01_sft.ipynb', '01_sft.stamp.json', '02_bridge.ipynb', '02_bridge.stamp.json']
+    subprocess.run(
+        [sys.executable, '-c', KILLED, str(house)], cwd=ROOT, check=True, capture_output=True
+    )
+    assert (folder / '01_sft.ipynb').stat().st_mtime_ns == before
+    assert sorted(p.name for p in folder.iterdir()) == [
+        '01_sft.ipynb',
+        '01_sft.stamp.json',
+        '02_bridge.ipynb',
+        '02_bridge.stamp.json',
+    ]
 
 
 def test_stale_export(tmp_path, monkeypatch):
     """An edited library notebook stops every run until it is exported."""
-    cells = ['#| default_exp one', '#| export\nfrom clear_nb.core import rng\ndef f(): return rng(0)']
-    path = notebook(tmp_path/'nbs'/'lib'/'00_one.ipynb', *cells, tags=())
+    cells = [
+        '#| default_exp one',
+        '#| export\nfrom clear_nb.core import rng\ndef f(): return rng(0)',
+    ]
+    path = notebook(tmp_path / 'nbs' / 'method' / 'one.ipynb', *cells, tags=())
     from nbdev.export import nb_export
-    nb_export(path, lib_path=tmp_path/'clear_nb')
-    assert stale_exports(tmp_path/'nbs', tmp_path/'clear_nb') == []
+
+    nb_export(path, lib_path=tmp_path / 'clear_nb')
+    assert stale_exports(tmp_path / 'nbs', tmp_path / 'clear_nb') == []
     notebook(path, cells[0], cells[1].replace('rng(0)', 'rng(1)'), tags=())
-    assert stale_exports(tmp_path/'nbs', tmp_path/'clear_nb') == ['00_one']
-    monkeypatch.setattr(pipeline, '_stale', lambda key: ('00_one',))
-    with pytest.raises(RuntimeError, match='older than 00_one .*nbdev_export'): run(notebook(tmp_path/'x.ipynb', HEAD), 'smoke', out=tmp_path/'y.ipynb')
+    assert stale_exports(tmp_path / 'nbs', tmp_path / 'clear_nb') == ['one']
+    monkeypatch.setattr(pipeline, '_stale', lambda key: ('one',))
+    with pytest.raises(RuntimeError, match='older than one .*nbdev_export'):
+        run(notebook(tmp_path / 'x.ipynb', HEAD), 'smoke', out=tmp_path / 'y.ipynb')
 
 
 def test_modules_follow_imports():
     """What a notebook reaches decides whether it is stale; report reaches paper, paper does not reach report."""
-    assert modules('from clear_nb import report as r') == ['core', 'paper', 'report']
-    assert modules('def f():\n    from clear_nb.paper import audit') == ['core', 'paper']
+    assert reached_modules('from clear_nb import report as r') == ['core', 'paper', 'report']
+    assert reached_modules('def f():\n    from clear_nb.paper import audit') == ['core', 'paper']
 
 
 @pytest.mark.parametrize('start, seeds', [('sft', [0]), ('base', [0, 1])])
 def test_order(start, seeds):
     """Training notebooks once per seed, in order; summaries once, at the end; no ablations."""
     got = steps(start, seeds)
-    train = [s for s in pipeline.STAGES[start == 'sft':] if s not in pipeline.SUMMARY and s not in pipeline.FULL]
-    assert got == [(s, k, {}) for k in seeds for s in train]+[('07_tables', None, {}), ('08_figures', None, {})]
+    train = [
+        s
+        for s in pipeline.NOTEBOOK_ORDER[start == 'sft' :]
+        if s not in pipeline.SUMMARY_NOTEBOOKS and s not in pipeline.FULL_CHAIN_ONLY
+    ]
+    assert got == [(s, k, {}) for k in seeds for s in train] + [
+        ('07_tables', None, {}),
+        ('08_figures', None, {}),
+    ]
 
 
 def test_full_order():
     """Variants follow their notebook and come before the evaluation; ablations only for the first seed, with all rows."""
     got = steps('sft', [3, 4], full=True)
-    dec, control = dict(mode='reencode', variant='dec'), dict(start='matched', policy='never', variant='matched')
-    first = [('01_sft', {}), ('02_bridge', {}), ('03_grpo', {}), ('03_grpo', dec), ('03_grpo', control), ('04_mmd_bench', {}), ('05_gallery', {}), ('05_perceptual', {}), ('06_ablations', dict(most=0))]
-    assert got == [(s, 3, p) for s, p in first]+[(s, 4, p) for s, p in first if s not in pipeline.FULL]+[('07_tables', None, {}), ('08_figures', None, {})]
+    dec, control = (
+        dict(mode='reencode', variant='dec'),
+        dict(start='matched', policy='never', variant='matched'),
+    )
+    first = [
+        ('01_sft', {}),
+        ('02_bridge', {}),
+        ('03_grpo', {}),
+        ('03_grpo', dec),
+        ('03_grpo', control),
+        ('04_mmd_bench', {}),
+        ('05_gallery', {}),
+        ('05_perceptual', {}),
+        ('06_ablations', dict(most=0)),
+    ]
+    assert got == [(s, 3, p) for s, p in first] + [
+        (s, 4, p) for s, p in first if s not in pipeline.FULL_CHAIN_ONLY
+    ] + [('07_tables', None, {}), ('08_figures', None, {})]
 
 
 def test_every_step_can_run():
     """Each notebook of the full chain knows the parameters that the chain passes."""
     for name, seed, params in steps('base', [0], full=True):
-        pipeline.check_parameters(pipeline.notebook_path(name), [*params, 'preset', *([] if seed is None else ['seed'])])
+        pipeline.check_parameters(
+            pipeline.notebook_path(name), [*params, 'preset', *([] if seed is None else ['seed'])]
+        )
 
 
 def test_products_of_variants(house, monkeypatch):
     """A variant owns its folder and its record, the plain run the others."""
-    results, seed0 = house/'results', house/'runs'/'tiny'/'seed0'
+    results, seed0 = house / 'results', house / 'runs' / 'tiny' / 'seed0'
     monkeypatch.setattr(pipeline, 'results_dir', lambda preset: results)
-    for p in (seed0/'grpo', seed0/'grpo-dec', results): p.mkdir(parents=True)
-    for v in ('', '-dec', '-lambda_flow=0.1'): (results/f'03_grpo{v}-seed0.json').write_text('{}')
-    names = lambda variant: sorted(os.path.basename(p) for p in pipeline._products(seed0/'x.ipynb', '03_grpo', 'tiny', 0, variant))
+    for p in (seed0 / 'grpo', seed0 / 'grpo-dec', results):
+        p.mkdir(parents=True)
+    for v in ('', '-dec', '-lambda_flow=0.1'):
+        (results / f'03_grpo{v}-seed0.json').write_text('{}')
+    names = lambda variant: sorted(
+        os.path.basename(p)
+        for p in pipeline._products(seed0 / 'x.ipynb', '03_grpo', 'tiny', 0, variant)
+    )
     assert names('dec') == ['03_grpo-dec-seed0.json', 'grpo-dec']
     assert names('') == ['03_grpo-lambda_flow=0.1-seed0.json', '03_grpo-seed0.json', 'grpo']
 
@@ -249,9 +377,13 @@ def test_products_of_variants(house, monkeypatch):
 def test_seeds_side_by_side(house, monkeypatch):
     """Each seed once in a process of its own with one thread; a failure is named, and later seeds do not start."""
     calls = []
+
     def process(command, stdout, env, **kw):
-        calls.append(command); stdout.write('05_perceptual failed in cell 3\n' if command[-1] == '1' else 'fine\n'); stdout.flush()
+        calls.append(command)
+        stdout.write('05_perceptual failed in cell 3\n' if command[-1] == '1' else 'fine\n')
+        stdout.flush()
         return subprocess.CompletedProcess(command, int(command[-1] == '1'))
+
     monkeypatch.setattr(pipeline.subprocess, 'run', process)
     monkeypatch.setattr(pipeline, 'run_steps', lambda todo, *a: calls.append(todo))
     monkeypatch.setattr(pipeline, 'write_readme', lambda: None)
@@ -259,18 +391,23 @@ def test_seeds_side_by_side(house, monkeypatch):
     assert sorted(c[-1] for c in calls[:2]) == ['0', '2'] and all('--all' in c for c in calls[:2])
     assert [s[0] for s in calls[2]] == ['07_tables']
     calls.clear()
-    with pytest.raises(NotebookFailed, match='seed 1 failed:\n05_perceptual failed in cell 3'): pipeline.run_seeds('smoke', 'sft', [1, 2, 3, 4, 5, 6, 7, 8], False, False, 1)
+    with pytest.raises(NotebookFailed, match='seed 1 failed:\n05_perceptual failed in cell 3'):
+        pipeline.run_seeds('smoke', 'sft', [1, 2, 3, 4, 5, 6, 7, 8], False, False, 1)
     assert len(calls) < 8
 
 
 def test_interrupt(house, monkeypatch, capsys):
     """Ctrl-C ends the whole chain: seeds that wait do not start, and the message says how to go on."""
     calls = []
+
     def process(command, **kw):
         calls.append(command[-1])
         time.sleep(0.2)
         return subprocess.CompletedProcess(command, -signal.SIGINT)
-    def wait(running): raise KeyboardInterrupt
+
+    def wait(running):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(pipeline.subprocess, 'run', process)
     monkeypatch.setattr(pipeline, 'as_completed', wait)
     assert main(['--preset', 'smoke', '--all', '--jobs', '2', '--seed', *map(str, range(8))]) == 130
@@ -283,24 +420,51 @@ def test_command_line(capsys):
     assert main(['--preset', 'tinny']) == 1
     err = capsys.readouterr().err
     assert "did you mean 'tiny'" in err and 'Traceback' not in err
-    with pytest.raises(SystemExit): main(['--from', 'grpo'])
+    with pytest.raises(SystemExit):
+        main(['--from', 'grpo'])
 
 
 def test_module_runs_as_a_program():
     """`python -m clear_nb.pipeline` is what the Makefile calls."""
-    done = subprocess.run([sys.executable, '-m', 'clear_nb.pipeline', '--help'], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'clear_nb.pipeline', '--help'],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and '--preset' in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(any(not (ROOT/'nbs'/f'{s}.ipynb').exists() for s, *_ in CHAIN), reason='a pipeline notebook is missing')
+@pytest.mark.skipif(
+    any(not (ROOT / 'nbs' / f'{s}.ipynb').exists() for s, *_ in CHAIN),
+    reason='a pipeline notebook is missing',
+)
 def test_smoke_chain(tmp_path):
     """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
-    for folder in ('nbs', 'clear_nb', 'params'): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    shutil.copy(ROOT/'settings.ini', tmp_path)
-    command = ['-m', 'clear_nb.pipeline', '--preset', 'smoke', '--from', 'base', '--all', '--seed', '0']
-    first, second = (python(*command, seconds=700, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2))
+    for folder in ('nbs', 'clear_nb', 'params'):
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'),
+        )
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    command = [
+        '-m',
+        'clear_nb.pipeline',
+        '--preset',
+        'smoke',
+        '--from',
+        'base',
+        '--all',
+        '--seed',
+        '0',
+    ]
+    first, second = (
+        python(*command, seconds=700, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2)
+    )
     assert first.returncode == 0, (first.returncode, first.stderr[-3000:])
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
-    assert list((tmp_path/'runs'/'smoke'/'results').glob('04_mmd_bench-*-seed0.json'))
+    assert list((tmp_path / 'runs' / 'smoke' / 'results').glob('04_mmd_bench-*-seed0.json'))

@@ -1,16 +1,31 @@
 """Nothing that is opened may run code, nothing that is kept may hold a secret."""
+
 import ast
 import json
 import re
 import subprocess
+
 import nbformat
 import pytest
+
 from clear_nb.core import ROOT
 
-TRACKED = [ROOT/f for f in subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if (ROOT/f).is_file()]
-PYTHON = [p for p in TRACKED if p.suffix == '.py' and p.parts[len(ROOT.parts)] in ('clear_nb', 'benchmarks')]
+TRACKED = [
+    ROOT / f
+    for f in subprocess.run(
+        ['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if (ROOT / f).is_file()
+]
+PYTHON = [
+    p
+    for p in TRACKED
+    if p.suffix == '.py' and p.parts[len(ROOT.parts)] in ('clear_nb', 'benchmarks')
+]
 NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb']
-SECRET = re.compile(r'(?<![\w-])(sk-(?!secret-0123456789)[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY')
+SECRET = re.compile(
+    r'(?<![\w-])(sk-(?!secret-0123456789)[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY'
+)
 PICKLES = {'.pkl', '.pickle', '.pt', '.pth', '.bin', '.ckpt', '.joblib', '.dill'}
 
 
@@ -19,7 +34,8 @@ def calls(tree):
     return [(ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
 
 
-def keyword(call, name): return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+def keyword(call, name):
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
 
 
 def dangers(source):
@@ -27,23 +43,50 @@ def dangers(source):
     found = []
     for name, call in calls(ast.parse(source)):
         last = name.rpartition('.')[2]
-        if name == 'torch.load' and keyword(call, 'weights_only') != 'True': found.append('torch.load without weights_only=True')
-        if keyword(call, 'trust_remote_code') not in (None, 'False'): found.append('trust_remote_code')
-        if last in ('loads', 'load') and name.split('.')[0] in ('pickle', 'dill', 'joblib', 'cloudpickle', 'marshal'): found.append(name)
-        if name in ('yaml.load', 'yaml.unsafe_load') and '_Loader' not in ast.unparse(call): found.append(name)
-        if name in ('eval', 'exec') or name == 'os.system' or keyword(call, 'shell') == 'True': found.append(name)
-        if name in ('np.load', 'numpy.load') and keyword(call, 'allow_pickle') not in (None, 'False'): found.append('np.load with pickles')
+        if name == 'torch.load' and keyword(call, 'weights_only') != 'True':
+            found.append('torch.load without weights_only=True')
+        if keyword(call, 'trust_remote_code') not in (None, 'False'):
+            found.append('trust_remote_code')
+        if last in ('loads', 'load') and name.split('.')[0] in (
+            'pickle',
+            'dill',
+            'joblib',
+            'cloudpickle',
+            'marshal',
+        ):
+            found.append(name)
+        if name in ('yaml.load', 'yaml.unsafe_load') and '_Loader' not in ast.unparse(call):
+            found.append(name)
+        if name in ('eval', 'exec') or name == 'os.system' or keyword(call, 'shell') == 'True':
+            found.append(name)
+        if name in ('np.load', 'numpy.load') and keyword(call, 'allow_pickle') not in (
+            None,
+            'False',
+        ):
+            found.append('np.load with pickles')
     return found
 
 
-@pytest.mark.parametrize('source', [
-    'torch.load(p)', 'torch.load(p, weights_only=False)', 'M.from_pretrained(p, trust_remote_code=True)', 'pickle.load(f)', 'yaml.load(t)',
-    'eval(t)', 'subprocess.run(t, shell=True)', 'np.load(p, allow_pickle=True)'])
-def test_dangers_are_recognised(source): assert dangers(source)
+@pytest.mark.parametrize(
+    'source',
+    [
+        'torch.load(p)',
+        'torch.load(p, weights_only=False)',
+        'M.from_pretrained(p, trust_remote_code=True)',
+        'pickle.load(f)',
+        'yaml.load(t)',
+        'eval(t)',
+        'subprocess.run(t, shell=True)',
+        'np.load(p, allow_pickle=True)',
+    ],
+)
+def test_dangers_are_recognised(source):
+    assert dangers(source)
 
 
 @pytest.mark.parametrize('path', PYTHON, ids=lambda p: p.stem)
-def test_data_runs_no_code(path): assert dangers(path.read_text()) == []
+def test_data_runs_no_code(path):
+    assert dangers(path.read_text()) == []
 
 
 def test_no_pickle_ships():
@@ -51,14 +94,47 @@ def test_no_pickle_ships():
     assert [p.name for p in TRACKED if p.suffix in PICKLES] == []
 
 
-@pytest.mark.parametrize('text', ['sk-abcdEFGH12345678ijkl', 'hf_' + 'a1'*12, 'ghp_' + 'b2'*18, 'AKIA' + 'Z9'*8, '-----BEGIN RSA PRIVATE KEY'])
-def test_secrets_are_recognised(text): assert SECRET.search(f'key = "{text}"')
+@pytest.mark.parametrize(
+    'text',
+    [
+        'sk-abcdEFGH12345678ijkl',
+        'hf_' + 'a1' * 12,
+        'ghp_' + 'b2' * 18,
+        'AKIA' + 'Z9' * 8,
+        '-----BEGIN RSA PRIVATE KEY',
+    ],
+)
+def test_secrets_are_recognised(text):
+    assert SECRET.search(f'key = "{text}"')
 
 
 def test_no_secret_ships():
     """In code, records, notebooks with their outputs, and everything else that is text."""
-    texts = [p for p in TRACKED if p.suffix in ('.py', '.ipynb', '.json', '.md', '.yaml', '.yml', '.toml', '.ini', '.csv', '.tex', '.svg', '') and p.name != 'test_supply_chain.py']
-    found = [(p.name, m.group()[:6]) for p in texts if (m := SECRET.search(p.read_text(errors='replace')))]
+    texts = [
+        p
+        for p in TRACKED
+        if p.suffix
+        in (
+            '.py',
+            '.ipynb',
+            '.json',
+            '.md',
+            '.yaml',
+            '.yml',
+            '.toml',
+            '.ini',
+            '.csv',
+            '.tex',
+            '.svg',
+            '',
+        )
+        and p.name != 'test_supply_chain.py'
+    ]
+    found = [
+        (p.name, m.group()[:6])
+        for p in texts
+        if (m := SECRET.search(p.read_text(errors='replace')))
+    ]
     assert found == []
 
 
@@ -77,4 +153,6 @@ def test_notebooks_are_clean(path):
     for c in (c for c in nb.cells if c.cell_type == 'code'):
         assert 'trusted' not in c.metadata
         for data in (o.get('data', {}) for o in c.outputs):
-            assert 'application/javascript' not in data and not re.search(r'<script|<iframe|\bon(?:load|error|click)=', str(data.get('text/html', '')), re.I)
+            assert 'application/javascript' not in data and not re.search(
+                r'<script|<iframe|\bon(?:load|error|click)=', str(data.get('text/html', '')), re.I
+            )

@@ -1,4 +1,5 @@
 """Notebooks, library and README say the same thing."""
+
 import re
 import shutil
 import subprocess
@@ -8,17 +9,27 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from clear_nb.core import ROOT
-from clear_nb.pipeline import readme_text
+from clear_nb.pipeline import library_notebooks, readme_text
 
 BIN = Path(sys.executable).parent
-LIBRARY = sorted((ROOT/'nbs'/'lib').glob('*.ipynb'))
-MODULES = [p for p in sorted((ROOT/'clear_nb').rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
+LIBRARY = library_notebooks()
+MODULES = [
+    p
+    for p in sorted((ROOT / 'clear_nb').rglob('*.py'))
+    if p.name not in ('__init__.py', '_modidx.py')
+]
 
 
 def snapshot(root):
     """Relative path to bytes of everything that nbdev may touch."""
-    files = [p for folder in ('nbs', 'clear_nb') for p in (root/folder).rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    files = [
+        p
+        for folder in ('nbs', 'clear_nb')
+        for p in (root / folder).rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts
+    ]
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
 
@@ -26,16 +37,20 @@ def snapshot(root):
 def copy(tmp_path):
     """A copy of the tree that may be written to."""
     skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.*.tmp*')
-    for folder in ('nbs', 'clear_nb'): shutil.copytree(ROOT/folder, tmp_path/'copy'/folder, ignore=skip)
-    for name in ('settings.ini', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/name, tmp_path/'copy'/name)
-    return tmp_path/'copy'
+    for folder in ('nbs', 'clear_nb'):
+        shutil.copytree(ROOT / folder, tmp_path / 'copy' / folder, ignore=skip)
+    for name in ('settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, tmp_path / 'copy' / name)
+    return tmp_path / 'copy'
 
 
 @pytest.mark.parametrize('command', ['nbdev_clean', 'nbdev_export'])
 def test_no_difference(copy, command):
     """Cleaning and exporting a fresh copy changes nothing."""
     before = snapshot(copy)
-    done = subprocess.run([str(BIN/command)], cwd=copy, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(BIN / command)], cwd=copy, capture_output=True, text=True, timeout=300
+    )
     after = snapshot(copy)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -47,36 +62,64 @@ def test_module_has_its_notebook(path):
     """A renamed notebook leaves no orphan module behind."""
     source = re.search(r'File to edit: (.*\.ipynb)', path.read_text())
     assert source, f'{path.name} was not exported from a notebook'
-    assert (path.parent/source[1]).resolve().is_file(), f'{source[1]} is gone: delete {path.name}'
+    assert (path.parent / source[1]).resolve().is_file(), f'{source[1]} is gone: delete {path.name}'
 
 
 def test_one_notebook_per_module():
     """Two notebooks with one default_exp would overwrite each other without a word."""
-    names = [m for p in LIBRARY for c in nbformat.read(p, 4).cells for m in re.findall(r'^#\|\s*default_exp (\S+)', c.source, flags=re.M)]
+    names = [
+        m
+        for p in LIBRARY
+        for c in nbformat.read(p, 4).cells
+        for m in re.findall(r'^#\|\s*default_exp (\S+)', c.source, flags=re.M)
+    ]
     assert [n for n, k in Counter(names).items() if k > 1] == []
-    assert sorted(names) == sorted(p.relative_to(ROOT/'clear_nb').with_suffix('').as_posix().replace('/', '.') for p in MODULES)
+    assert sorted(names) == sorted(
+        p.relative_to(ROOT / 'clear_nb').with_suffix('').as_posix().replace('/', '.')
+        for p in MODULES
+    )
 
 
 def test_notebook_is_called_like_its_module():
-    """nbs/lib/NN_name.ipynb exports clear_nb/name.py."""
-    for p in LIBRARY: assert re.search(rf"default_exp {p.stem.partition('_')[2]}$", '\n'.join(c.source for c in nbformat.read(p, 4).cells), flags=re.M), p.name
+    """nbs/<folder>/name.ipynb exports clear_nb/name.py."""
+    for p in LIBRARY:
+        assert re.search(
+            rf'default_exp {p.stem}$',
+            '\n'.join(c.source for c in nbformat.read(p, 4).cells),
+            flags=re.M,
+        ), p.name
 
 
 def test_readme():
     """README.md is the index notebook."""
-    assert (ROOT/'README.md').read_text() == readme_text(), 'run python -m clear_nb.pipeline --readme'
+    assert (ROOT / 'README.md').read_text() == readme_text(), (
+        'run python -m clear_nb.pipeline --readme'
+    )
 
 
 def test_readme_links():
     """Every linked file exists and every notebook is on the map."""
-    links = re.findall(r'\]\((?![a-z]+:|#)([^)\s]+)\)', (ROOT/'README.md').read_text())
-    assert [l for l in links if not (ROOT/l).exists()] == []
-    notebooks = {p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if p.stem != 'index' and '.ipynb_checkpoints' not in p.parts}
-    assert notebooks-set(links) == set()
+    links = re.findall(r'\]\((?![a-z]+:|#)([^)\s]+)\)', (ROOT / 'README.md').read_text())
+    assert [l for l in links if not (ROOT / l).exists()] == []
+    notebooks = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'nbs').rglob('*.ipynb')
+        if p.stem != 'index' and '.ipynb_checkpoints' not in p.parts
+    }
+    assert notebooks - set(links) == set()
 
 
 def test_no_machine_paths():
     """Nothing names a folder of one particular machine."""
-    files = [*LIBRARY, *MODULES, *sorted((ROOT/'nbs').glob('*.ipynb')), *sorted((ROOT/'tests').glob('*.py')), ROOT/'README.md', ROOT/'Makefile']
-    pattern = re.compile('|'.join(['/wor'+'k/', '/roo'+'t/', '/ho'+'me/[a-z]', '/tm'+'p/[a-z]']))
+    files = [
+        *LIBRARY,
+        *MODULES,
+        *sorted((ROOT / 'nbs').glob('*.ipynb')),
+        *sorted((ROOT / 'tests').glob('*.py')),
+        ROOT / 'README.md',
+        ROOT / 'Makefile',
+    ]
+    pattern = re.compile(
+        '|'.join(['/wor' + 'k/', '/roo' + 't/', '/ho' + 'me/[a-z]', '/tm' + 'p/[a-z]'])
+    )
     assert [(p.name, m[0]) for p in files for m in pattern.finditer(p.read_text())] == []

@@ -1,31 +1,78 @@
 """Random image-text-to-text models of some fifty thousand weights, written to folders: LLaVA, Qwen2-VL, Idefics3."""
+
 import torch
-from clear_nb.core import torch_rng
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (CLIPImageProcessor, CLIPVisionConfig, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor,
-                          LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, Qwen2VLConfig,
-                          Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from clear_nb.core import torch_rng
 
 TEMPLATE = "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} Answer:"
-TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
+)
 
 
 def bytewise(*special):
     "A tokenizer of single bytes and some special tokens."
     special = ['<pad>', '<s>', '</s>', *special]
-    t = Tokenizer(models.BPE({c: i for i, c in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t = Tokenizer(
+        models.BPE(
+            {c: i for i, c in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+        )
+    )
+    t.pre_tokenizer, t.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     t.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>'
+    )
 
 
 def _save(folder, processor, model):
     "Random weights from a named generator."
     with torch.no_grad():
         for name, w in sorted(model.state_dict().items()):
-            if w.is_floating_point() and 'inv_freq' not in name: w.copy_(torch.randn(w.shape, generator=torch_rng('tiny hf', name))*(.2 if w.ndim > 1 else .1) + (w.ndim == 1 and 'norm' in name))
+            if w.is_floating_point() and 'inv_freq' not in name:
+                w.copy_(
+                    torch.randn(w.shape, generator=torch_rng('tiny hf', name))
+                    * (0.2 if w.ndim > 1 else 0.1)
+                    + (w.ndim == 1 and 'norm' in name)
+                )
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -34,31 +81,83 @@ def _save(folder, processor, model):
 def llava(folder, chat=True):
     "32 x 32 pixels, 16 tokens per picture; with or without a chat template."
     t = bytewise('<image>')
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(vocab_size=len(t), **TEXT), image_token_index=t.convert_tokens_to_ids('<image>'), image_seq_length=16)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(vocab_size=len(t), **TEXT),
+        image_token_index=t.convert_tokens_to_ids('<image>'),
+        image_seq_length=16,
+    )
     pictures = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
-    processor = LlavaProcessor(pictures, t, patch_size=8, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=TEMPLATE.replace('IMAGE', '<image>') if chat else None)
+    processor = LlavaProcessor(
+        pictures,
+        t,
+        patch_size=8,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace('IMAGE', '<image>') if chat else None,
+    )
     return _save(folder, processor, LlavaForConditionalGeneration(config))
 
 
-def plain_llava(folder): return llava(folder, chat=False)
+def plain_llava(folder):
+    return llava(folder, chat=False)
 
 
 def qwen(folder):
     "Pictures of any size, as many tokens as they need."
     t = bytewise('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>')
-    start, end, image, video = map(t.convert_tokens_to_ids, ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>'))
-    config = Qwen2VLConfig(text_config=dict(vocab_size=len(t), rope_scaling=dict(type='mrope', mrope_section=[1, 1, 2]), **TEXT),
-                           vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=8, spatial_merge_size=2, temporal_patch_size=2, in_channels=3),
-                           image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
-    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=256, max_pixels=4096), t, Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
-                                 chat_template=TEMPLATE.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>'))
+    start, end, image, video = map(
+        t.convert_tokens_to_ids,
+        ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>'),
+    )
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=len(t), rope_scaling=dict(type='mrope', mrope_section=[1, 1, 2]), **TEXT
+        ),
+        vision_config=dict(
+            depth=2,
+            embed_dim=32,
+            hidden_size=32,
+            num_heads=4,
+            mlp_ratio=2,
+            patch_size=8,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            in_channels=3,
+        ),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(
+            patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=256, max_pixels=4096
+        ),
+        t,
+        Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
+        chat_template=TEMPLATE.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>'),
+    )
     return _save(folder, processor, Qwen2VLForConditionalGeneration(config))
 
 
 def idefics(folder):
     "A picture as tiles and a small whole; what SmolVLM is made of."
     rows = [f'<row_{r}_col_{c}>' for r in range(1, 5) for c in range(1, 5)]
-    t = bytewise('<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>', *rows)
-    config = Idefics3Config(image_token_id=t.convert_tokens_to_ids('<image>'), scale_factor=2, pad_token_id=0, vision_config=dict(VISION), text_config=dict(model_type='llama', vocab_size=len(t), **TEXT))
-    processor = Idefics3Processor(Idefics3ImageProcessor(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32)), t, image_seq_len=4, chat_template=TEMPLATE.replace('IMAGE', '<image>'))
+    t = bytewise(
+        '<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>', *rows
+    )
+    config = Idefics3Config(
+        image_token_id=t.convert_tokens_to_ids('<image>'),
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config=dict(VISION),
+        text_config=dict(model_type='llama', vocab_size=len(t), **TEXT),
+    )
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32)),
+        t,
+        image_seq_len=4,
+        chat_template=TEMPLATE.replace('IMAGE', '<image>'),
+    )
     return _save(folder, processor, Idefics3ForConditionalGeneration(config))
