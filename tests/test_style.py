@@ -17,6 +17,7 @@ MODULES = [p for p in sorted((ROOT / 'clear_nb').glob('*.py')) if not p.name.sta
 # What each module may import directly; what those may import is allowed as well.
 MAY_IMPORT = {
     'core': [],
+    'identity': ['core'],
     'paper': ['core'],
     'images': ['core'],
     'degrade': ['core'],
