@@ -19,7 +19,6 @@ from clear_nb.images import (
     VIT_RULE,
     VIT_TRAIN_RULE,
     ResizeRule,
-    fit_size,
     image_tensor,
     open_image,
     resize,
@@ -375,4 +374,4 @@ def test_damaged_files_raise_value_errors_only(tmp_path, suffix):
 def test_fit_size_refuses_empty_images():
     "Sides below one pixel are an error."
     with pytest.raises(ValueError, match='0 x 5'):
-        fit_size(0, 5, 64, 32, 16)
+        ResizeRule(64, 32, 16).size(0, 5)
