@@ -938,7 +938,7 @@ def scene_questions(
 
 # %% ../nbs/world/scenes.ipynb #4dcb7a7a
 def caption(scene: Scene) -> str:
-    "List every thing in raster order: 'row 1 column 2 large plain red circle column 4 digit 7 …'."
+    "List every thing in raster order: 'row 1 column 2 large plain red circle column 4 …'."
     words, row = [], None
     for t in sorted(scene.things, key=lambda t: (t.row, t.col)):
         if t.row != row:
