@@ -144,8 +144,8 @@ def _words(model: ClearModel, text: str) -> TextSegment:
 
 
 def with_think_prompt(model: ClearModel, question: str) -> str:
-    "The question as the model's training put it: the embedded model thinks when it is told to; without a cue nothing changes."
-    return f'{question} {model.cfg.cue}'.rstrip() if model.cfg.cue else question
+    "The question as the model's training put it: the embedded model thinks when it is told to; without a think prompt nothing changes."
+    return f'{question} {model.cfg.think_prompt}'.rstrip() if model.cfg.think_prompt else question
 
 
 @torch.no_grad()

@@ -417,7 +417,7 @@ def _pool(
         seen,
         _latents(model, clean, memo) if subject.returns == 'clean' else none,
         _latents(model, seen, memo) if subject.inputs != 'vit' else none,
-        model.cfg.cue,
+        model.cfg.think_prompt,
         model.cfg.system,
     )
     if not subject.first:

@@ -142,7 +142,7 @@ def example_segments(
     text = lambda s: TextSegment(encode_text(tok, s), loss=True, branch=branch)
     out = [
         TextSegment(
-            question_ids(tok, p.items[e.image].questions[e.question], True, p.cue), branch=branch
+            question_ids(tok, p.items[e.image].questions[e.question], True, p.think_prompt), branch=branch
         ),
         text(e.texts[0]),
     ]

@@ -141,11 +141,11 @@ def test_clear_is_generate(model):
 
 
 def test_prompt_is_verbatim(model):
-    "The request of a multiple-choice question keeps the blank and line break at its end; a cue comes behind them."
+    "The request of a multiple-choice question keeps the blank and line break at its end; a think prompt comes behind them."
     s, tok = replace(rows(1)[0], options=dict(A='x', B='y')), model.tokenizer
-    for cue, end in (('', ''), ('think first', ' think first')):
+    for words, end in (('', ''), ('think first', ' think first')):
         other = copy.copy(model)
-        other.cfg = replace(model.cfg, cue=cue)
+        other.cfg = replace(model.cfg, think_prompt=words)
         _, prompt = ClearAdapter(other, max_new=5, steps=3)._segments(s)
         assert prompt[-1].ids == tuple(
             tok.encode(prompt_of(s) + end, add_special_tokens=False)

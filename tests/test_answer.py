@@ -96,7 +96,7 @@ def test_is_generate(restorer, photo):
 def test_cue(restorer):
     "Behind a blank where a model has one; without one the question stays as it is, to the last line break."
     told, bare = (
-        SimpleNamespace(cfg=replace(restorer.cfg, cue=cue)) for cue in ('think first', '')
+        SimpleNamespace(cfg=replace(restorer.cfg, think_prompt=words)) for words in ('think first', '')
     )
     for q in (QUESTION, 'A or B? \n', '\n a \n\n'):
         assert with_think_prompt(told, q) == f'{q} think first' and with_think_prompt(bare, q) == q

@@ -388,8 +388,8 @@ def test_bagel_names(preset):
     )
     assert '<image_restore>' in model.cfg.system  # stage 1 teaches with it
     assert replace(model.cfg, system='') == ClearConfig(
-        model.cfg.llm, VitConfig(), VaeConfig(), text_ids=151665, cue=''
-    )  # the defaults are BAGEL's, but for the cue
+        model.cfg.llm, VitConfig(), VaeConfig(), text_ids=151665, think_prompt=''
+    )  # the defaults are BAGEL's, but for the think prompt
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])

@@ -41,7 +41,7 @@ def model():
         latent_side=8,
         vae_rule=(128, 80, 16),
         vit_rule=(98, 56, 14),
-        cue='',
+        think_prompt='',
     )
     made = (
         init_weights(ClearModel(cfg, plain.tokenizer), torch_rng('sizes'))
@@ -163,8 +163,8 @@ def test_drawn_benchmarks(model, tmp_path, name):
 
 
 def test_cue(model):
-    """A model without a cue is asked the bare question, in training and afterwards."""
-    bare, told = model.cfg, replace(model.cfg, cue='think first')
+    """A model without a think prompt is asked the bare question, in training and afterwards."""
+    bare, told = model.cfg, replace(model.cfg, think_prompt='think first')
     said = lambda cfg: model.tokenizer.decode(
         build_prompt(
             init_weights(ClearModel(cfg, model.tokenizer), torch_rng('cue')),
