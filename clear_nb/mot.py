@@ -161,7 +161,7 @@ def select_rows(
     new.lens, new.rope = cache.lens[rows], cache.rope[rows]
     return new
 
-# %% ../nbs/method/mot.ipynb #2386e64e
+# %% ../nbs/method/mot.ipynb #5dd5536b
 def put_rows(
     cache: KVCache,
     part: KVCache,  # made by `select_rows(cache, rows)`; its rows may have grown since
