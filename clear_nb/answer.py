@@ -21,19 +21,19 @@ from PIL import Image
 
 import clear_nb
 from .core import Preset, find_stage, load_preset
+from .decode import Noise
 from .flow import time_grid
 from clear_nb.generate import (
     POLICIES,
     POLICIES_WITHOUT_RESTORATION,
-    Noise,
     Rollout,
     Sampling,
-    decode_pixels,
     generate,
     token_budget,
 )
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
+from .restore import decode_pixels
 from .trajectory import LatentSegment, TextSegment, VitSegment
 
 # %% ../nbs/bench/answer.ipynb #bceaa03f

@@ -35,10 +35,12 @@ from transformers import PreTrainedTokenizerFast
 from . import degrade as dg
 from . import scenes
 from .core import rng
-from .generate import Noise, Sampling, decode_for_vit, generate, prefill, restore, vit_sides
+from .decode import Noise, prefill
+from .generate import Sampling, generate
 from .images import ResizeRule, image_tensor, open_image, resize
 from .model import ClearConfig, ClearModel
 from .mot import KVCache
+from .restore import decode_for_vit, restore, vit_sides
 from .trajectory import MARKER, TAGS, Gap, LatentSegment, TextSegment, VitSegment, tokens_of
 
 # %% ../nbs/stages/data.ipynb #c942e1e0
@@ -73,7 +75,9 @@ def question_ids(
     tok, question, think: bool, think_prompt: str = ClearConfig.think_prompt
 ) -> tuple:  # think_prompt: the model's
     "Token ids of a question; the think prompt asks for a thought before the answer, as BAGEL's system prompt does"
-    return encode_text(tok, f'{question.prompt} {think_prompt}' if think and think_prompt else question.prompt)
+    return encode_text(
+        tok, f'{question.prompt} {think_prompt}' if think and think_prompt else question.prompt
+    )
 
 # %% ../nbs/stages/data.ipynb #84b4b7e8
 STRENGTH = dict(low=('light', 'slight'), mid=('medium', 'clear'), hard=('heavy', 'strong'))

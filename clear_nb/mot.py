@@ -380,9 +380,7 @@ class Layer(nn.Module):
         "Attend, then transform each token; each of the two adds to the residual stream."
 
         def expert(name, x):
-            return routed(
-                getattr(self, name), getattr(self, name + '_moe_gen'), x, ctx.route.n_und
-            )
+            return routed(getattr(self, name), getattr(self, name + '_moe_gen'), x, ctx.route.n_und)
 
         x = x + self.self_attn(expert('input_layernorm', x), ctx)
         return x + expert('mlp', expert('post_attention_layernorm', x))

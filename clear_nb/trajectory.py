@@ -24,9 +24,7 @@ TAGS = ('<think>', '</think>', '<answer>', '</answer>', MARKER)
 _no_tag = r'(?!</?think>|</?answer>|<image_restore>)'
 _body = rf'\s*{_no_tag}\S(?:{_no_tag}.)*?'  # text without a tag that is not blank
 _restore_pattern = re.compile(rf'\s*<think>{_body}</think>\s*<image_restore>\s*', re.S)
-_answer_pattern = re.compile(
-    rf'\s*<think>({_body})</think>\s*<answer>({_body})</answer>\s*', re.S
-)
+_answer_pattern = re.compile(rf'\s*<think>({_body})</think>\s*<answer>({_body})</answer>\s*', re.S)
 
 # %% ../nbs/method/trajectory.ipynb #26946286
 @dataclass(frozen=True)
@@ -242,9 +240,7 @@ def _add_text(lists: _Lists, s: TextSegment, at: int, shape: TokenLayout):
     labels = [*s.ids, shape.eos][: n + bool(s.eos_loss)]
     m, number = len(labels), lists.next_number('texts')
     weight = (n + 1) ** -0.5
-    lists.add(
-        ce_at=range(at, at + m), labels=labels, ce_weight=[weight] * m, ce_text=[number] * m
-    )
+    lists.add(ce_at=range(at, at + m), labels=labels, ce_weight=[weight] * m, ce_text=[number] * m)
     if s.end_label is not None:
         lists.add(ce_at=[at + n + 1], labels=[s.end_label], ce_weight=[1.0], ce_text=[number])
 

@@ -21,9 +21,11 @@ from clear_nb.data import (
     prompts,
     restore_pictures,
 )
-from clear_nb.generate import Noise, Sampling, decode_for_vit, generate, vit_sides
+from clear_nb.decode import Noise
+from clear_nb.generate import Sampling, generate
 from clear_nb.grpo import train_grpo
 from clear_nb.model import ClearModel, export_bagel, init_weights
+from clear_nb.restore import decode_for_vit, vit_sides
 from clear_nb.sft import sft_row, train_sft
 from clear_nb.train import accelerator
 from clear_nb.trajectory import MARKER, Gap, LatentSegment, TextSegment, VitSegment, pack
