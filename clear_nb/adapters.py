@@ -40,8 +40,9 @@ from clear_nb.answer import (
 )
 from .bench_files import BenchmarkRow
 from .core import Clock, dataclass_from, file_hash, suggest, torch_rng
+from .decode import Noise
 from .flow import Guidance
-from .generate import Noise, Sampling, generate
+from .generate import Sampling, generate
 from .images import plain_rgb
 from .model import ClearModel
 from .server import Refused, Server
