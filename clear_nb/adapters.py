@@ -38,12 +38,12 @@ from clear_nb.answer import (
     sampling_of,
     with_think_prompt,
 )
-from .bench_files import BenchmarkRow
 from .core import Clock, dataclass_from, file_hash, suggest, torch_rng
 from .flow import Guidance
 from .generate import Noise, Sampling, generate
 from .images import plain_rgb
 from .model import ClearModel
+from .rows import BenchmarkRow
 from .server import Refused, Server
 from .trajectory import TextSegment
 

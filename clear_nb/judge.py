@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 from .core import explain_full_disk, progress_bar
 from .reward import AnswerScore, Outage, Unparsable, normalise, option_texts, read_score
-from .server import Declined, Refused, Server
+from .server import Declined, Server
 
 # %% ../nbs/stages/judge.ipynb #efe894ac
 def read_letter(

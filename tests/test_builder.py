@@ -32,11 +32,11 @@ from fake_server import Drop, FakeServer, Status, hasty
 from clear_nb import bench
 from clear_nb import builder as bd
 from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.core import read_records
 from clear_nb.judge import LLMJudge, Replies
 from clear_nb.report import table8
 from clear_nb.reward import rule_says_right
+from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Server
 from clear_nb.trajectory import parse
 
