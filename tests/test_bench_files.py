@@ -808,7 +808,7 @@ def test_pixels_like_the_release():
 
 def test_two_processes_build_the_same_folder(tmp_path):
     """Seeds side by side share their benchmarks: one builds, the other waits and finds it finished."""
-    code = "import sys; from clear_nb.mmd_bench import files; files('mmstar', 12, sys.argv[1])"
+    code = "import sys; from clear_nb.mmd_bench import corrupted_files as f; f('mmstar', 12, sys.argv[1])"
     runs = [
         subprocess.Popen(
             [sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
