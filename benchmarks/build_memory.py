@@ -20,8 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clear_nb.bench_files import build_files, read_tsv
+from clear_nb.bench_files import build_files
 from clear_nb.core import peak_memory, rng
+from clear_nb.rows import read_tsv
 
 
 def photos(n, side):

@@ -26,8 +26,8 @@ sys.path.insert(0, str(TESTS))
 from builder_rows import Misbehaving, expected, write_source
 from fake_server import FakeServer
 
-from clear_nb.builder import TRAINING_PARTS, BuildRecipe, read_picture
 from clear_nb.core import rng
+from clear_nb.sources import TRAINING_PARTS, BuildRecipe, read_picture
 
 
 def start(source, out, url, a):

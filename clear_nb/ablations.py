@@ -314,7 +314,9 @@ RECIPES = dict(
 )
 
 # %% ../nbs/study/ablations.ipynb #d6158f30
-TRAINED_BY = tuple(m for m in RESULT_CODE if m not in ('bench_files', 'scoring', 'mmd_bench')) + (
+TRAINED_BY = tuple(
+    m for m in RESULT_CODE if m not in ('rows', 'variants', 'bench_files', 'scoring', 'mmd_bench')
+) + (
     'train',
     'base',
     'sft',

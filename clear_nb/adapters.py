@@ -38,13 +38,13 @@ from clear_nb.answer import (
     sampling_of,
     with_think_prompt,
 )
-from .bench_files import BenchmarkRow
 from .core import Clock, dataclass_from, file_hash, suggest, torch_rng
 from .decode import Noise
 from .flow import Guidance
 from .generate import Sampling, generate
 from .images import plain_rgb
 from .model import ClearModel
+from .rows import BenchmarkRow
 from .server import Refused, Server
 from .trajectory import TextSegment
 

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from . import answer, bench_files, builder, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
-from .bench_files import BenchmarkRow, Reject
 from .core import atomic_path, read_settings, versions
 from .judge import LLMJudge
 from .report import Estimate, table8, to_markdown
+from .rows import BenchmarkRow, Reject, RowSource, read_tsv
 from .server import Refused
 
 # %% ../nbs/bench/bench.ipynb #e3e7300f
@@ -209,7 +209,7 @@ def _launched() -> tuple:  # shard
 
 # %% ../nbs/bench/bench.ipynb #7de50cf4
 def _known(rows: Iterable) -> list:  # Samples, as far as they can be read more than once
-    if isinstance(rows, bench_files.RowSource):
+    if isinstance(rows, RowSource):
         return rows.outline()
     return [s for s in rows if isinstance(s, BenchmarkRow)] if isinstance(rows, Sequence) else []
 
@@ -903,7 +903,7 @@ def _source(
     if not path.exists():
         raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
-        rows = bench_files.read_tsv(path)
+        rows = read_tsv(path)
         return (
             (
                 replace(r, detail=': '.join(filter(None, [path.name, r.detail])))

@@ -30,16 +30,7 @@ from tqdm import tqdm
 
 from . import degrade as dg
 from . import scenes
-from clear_nb.bench_files import (
-    BenchmarkRow,
-    RowSource,
-    build_files,
-    content_hash,
-    from_scenes,
-    read_files,
-    read_info,
-    verify,
-)
+from .bench_files import build_files, read_files, read_info, verify
 from clear_nb.core import (
     PATHS,
     Clock,
@@ -64,6 +55,7 @@ from .decode import Noise
 from .generate import POLICIES_WITHOUT_RESTORATION, GivenLatents, Sampling, generate
 from .model import ClearModel
 from .restore import decode_pixels
+from .rows import BenchmarkRow, RowSource, content_hash, from_scenes
 from .scoring import protocol_of, score_rows, score_units
 from .train import fast_precision
 from .trajectory import parse
@@ -84,7 +76,7 @@ def clean_samples(
     benchmark: str,  # one of BENCHMARKS
     n: int,  # outcomes
     seed: int = 0,  # of the questions
-) -> tuple:  # bench_files.Samples of the test split
+) -> tuple:  # BenchmarkRows of the test split
     "Clean pictures with questions; ValueError for an unknown benchmark or n < 1."
     return tuple(_source(benchmark, n, seed))
 
@@ -106,7 +98,10 @@ def corrupted_files(
     workers: int = 1,
 ) -> Path:  # the benchmark's own folder
     "Corrupted versions of a benchmark, made where they are not there yet; ValueError for bad names and damaged files."
-    code = [file_hash(PATHS.package / f'{m}.py') for m in ('scenes', 'degrade', 'bench_files')]
+    code = [
+        file_hash(PATHS.package / f'{m}.py')
+        for m in ('scenes', 'degrade', 'rows', 'variants', 'bench_files')
+    ]
     out = Path(folder) / f'{benchmark}-{design}-{_digest([json.dumps([n, seed, code])])}'
     info = build_files(
         _source(benchmark, n, seed),
@@ -553,7 +548,7 @@ def run_subject(
     )
 
 # %% ../nbs/study/mmd_bench.ipynb #12252a4a
-RESULT_CODE = 'scenes degrade images data generate model mot vit vae flow trajectory bench_files reward scoring mmd_bench'.split()
+RESULT_CODE = 'scenes degrade images data generate model mot vit vae flow trajectory rows variants bench_files reward scoring mmd_bench'.split()
 
 
 def signature(

@@ -571,7 +571,7 @@ def _checked(samples, said):
 
 # %% ../nbs/bench/scoring.ipynb #d932baea
 def score_rows(
-    samples: Sequence,  # any objects with the attributes of bench_files.BenchmarkRow
+    samples: Sequence,  # any objects with the attributes of rows.BenchmarkRow
     said: Sequence,  # their replies; None: no reply yet
     judge=None,  # an LLMJudge, a RuleJudge, or None
     protocol: str | Mapping | None = None,  # one for all, or by benchmark; None: that of the name

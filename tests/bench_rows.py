@@ -7,8 +7,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.core import rng
+from clear_nb.rows import BenchmarkRow
 
 
 def picture(k=0, w=40, h=30, kind='PNG'):

@@ -258,8 +258,9 @@ def build_here(source, out, url, n, limit, pipe):
     import openai._base_client
 
     from clear_nb.adapters import CallableAdapter
-    from clear_nb.builder import BuildRecipe, build_training, open_folder
+    from clear_nb.builder import build_training
     from clear_nb.server import Server
+    from clear_nb.sources import BuildRecipe, open_folder
 
     openai._base_client.INITIAL_RETRY_DELAY = 0.01
     if limit:
@@ -286,9 +287,10 @@ if __name__ == '__main__':  # a build in a process of its own; prints accounts a
     import argparse
 
     from clear_nb.adapters import open_adapter
-    from clear_nb.builder import BuildRecipe, build_training, open_folder
+    from clear_nb.builder import build_training
     from clear_nb.core import peak_memory
     from clear_nb.server import Server
+    from clear_nb.sources import BuildRecipe, open_folder
 
     p = argparse.ArgumentParser()
     for name in ('source', 'out', 'url'):

@@ -33,10 +33,10 @@ from clear_nb.adapters import (
     response,
 )
 from clear_nb.answer import build_prompt, sampling_of
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.decode import Noise
 from clear_nb.flow import Guidance
 from clear_nb.generate import generate
+from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Refused
 
 KEY = 'sk-secret-0123456789'

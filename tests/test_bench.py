@@ -31,8 +31,8 @@ from clear_nb.bench import (
     report_bench,
     run_bench,
 )
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.core import ROOT, rng
+from clear_nb.rows import BenchmarkRow, from_scenes
 from clear_nb.scenes import benchmark
 from clear_nb.scoring import OUTCOME_KINDS
 from clear_nb.server import Refused
@@ -1268,7 +1268,7 @@ def test_refusing_server(tmp_path, status, monkeypatch, capsys):
 def test_tiny_model_on_scenes(tmp_path, capsys):
     "In the words of its own questions the tiny model answers, from a folder and from a TSV; in others the command says that it cannot be read."
     bench_files.build_files(
-        bench_files.from_scenes('mmstar', 12),
+        from_scenes('mmstar', 12),
         tmp_path / 'built',
         relative=True,
         severities=['low'],
@@ -1306,7 +1306,7 @@ def test_tiny_model_on_scenes(tmp_path, capsys):
 def test_hugging_face_end_to_end(tmp_path, capsys):
     "A model that nobody here trained, offline: built benchmark, folder of the model, one command, report; again with nothing to ask."
     bench_files.build_files(
-        bench_files.from_scenes('mmbench', 2),
+        from_scenes('mmbench', 2),
         tmp_path / 'built',
         relative=True,
         severities=['low', 'hard'],

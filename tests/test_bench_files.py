@@ -24,12 +24,24 @@ from clear_nb import bench_files as bf
 from clear_nb import degrade as dg
 from clear_nb import scenes
 from clear_nb.core import ROOT, rng
+from clear_nb.rows import (
+    BenchmarkRow,
+    Reject,
+    content_hash,
+    encode_picture,
+    file_name,
+    from_scenes,
+    group_of,
+    read_datasets,
+    read_tsv,
+)
+from clear_nb.variants import VariantPlan, _drawn_corruption
 
 CHEAP = ('hsv_saturation', 'gaussian_noise', 'scan_lines', 'graffiti')
 
 
 def picture(k=0, h=70, w=90):
-    return bf._encode(rng('test', k).integers(0, 256, (h, w, 3), dtype=np.uint8))
+    return encode_picture(rng('test', k).integers(0, 256, (h, w, 3), dtype=np.uint8))
 
 
 def code(k=0, **kw):
@@ -44,7 +56,7 @@ def write_tsv(path, rows, columns=('index', 'image', 'question', 'A', 'B', 'answ
 
 def toy(n, **kw):
     return [
-        bf.BenchmarkRow(
+        BenchmarkRow(
             'toy', str(k), f'question {k}', 'B', picture(k, **kw), dict(A='x', B='y'), str(k)
         )
         for k in range(n)
@@ -67,16 +79,16 @@ def test_na_strings_survive_every_step(tmp_path):
     words = ['None', 'NA', 'N/A', 'null', 'nan', 'NaN', '#N/A', '-nan']
     columns = ['index', 'image', 'question', *'ABCDEFGH', 'answer']
     path = write_tsv(tmp_path / 'toy.tsv', [[1, code(), 'NA', *words, 'E']], columns)
-    [one] = bf.read_tsv(path)
+    [one] = read_tsv(path)
     assert (
         list(one.options.values()) == words
         and one.question == 'NA'
         and one.options[one.answer] == 'nan'
     )
-    build(bf.read_tsv(path), tmp_path / 'out', tsv=True)
+    build(read_tsv(path), tmp_path / 'out', tsv=True)
     again = [
         *bf.read_files(tmp_path / 'out'),
-        *(s for p in (tmp_path / 'out').glob('*.tsv') for s in bf.read_tsv(p)),
+        *(s for p in (tmp_path / 'out').glob('*.tsv') for s in read_tsv(p)),
     ]
     assert len(again) == 6 and all(s.options == one.options and s.question == 'NA' for s in again)
 
@@ -91,7 +103,7 @@ def test_reader_against_pandas(tmp_path):
         )
     path = write_tsv(tmp_path / 'toy.tsv', rows)
     wanted = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
-    got = {s.index: s for s in bf.read_tsv(path)}
+    got = {s.index: s for s in read_tsv(path)}
     for w in wanted.to_dict('records'):
         if not w['A']:
             continue  # the answer is no option then
@@ -125,7 +137,7 @@ def test_all_columns(tmp_path):
         columns,
     )
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
-    [s] = bf.read_tsv(path)
+    [s] = read_tsv(path)
     assert (s.benchmark, s.index, s.hint, s.category, s.l2_category, s.split, s.prompt) == (
         'CV-Bench-2D',
         '7',
@@ -147,7 +159,7 @@ def test_pointers(tmp_path):
         [1000005, ' 5', 'q', 'x', 'y', 'B'],
         [1000006, '6', 'q', 'x', 'y', 'B'],
     ]
-    table = list(bf.read_tsv(write_tsv(tmp_path / 'MMBench_toy.tsv', rows)))
+    table = list(read_tsv(write_tsv(tmp_path / 'MMBench_toy.tsv', rows)))
     assert [s.picture for s in table] == ['5', '5', '6', '5', '6'] == [s.group for s in table]
     assert [s.image for s in table] == [picture(1), picture(1), picture(2), picture(1), picture(2)]
 
@@ -165,24 +177,24 @@ def test_pointers(tmp_path):
 )
 def test_released_names(tmp_path, stem, wanted):
     """A released file loads as it is; the name tells what it is."""
-    [s] = bf.read_tsv(write_tsv(tmp_path / f'{stem}.tsv', [[3, code(), 'q', 'x', 'y', 'A']]))
+    [s] = read_tsv(write_tsv(tmp_path / f'{stem}.tsv', [[3, code(), 'q', 'x', 'y', 'A']]))
     assert (s.benchmark, s.corruption, s.severity) == wanted and s.key == (
         wanted[0],
         '3',
         *wanted[1:],
     )
     if wanted[2] != 'clean':
-        assert bf.file_name(*wanted) == stem
+        assert file_name(*wanted) == stem
 
 
 def test_groups():
     """Rolls modulo a million, pairs counted from the first number, everything else alone."""
     assert (
-        bf.group_of('MMBench_DEV_EN_V11', '3000012') == '12'
-        and bf.group_of('MME', '3000012') == '3000012'
+        group_of('MMBench_DEV_EN_V11', '3000012') == '12'
+        and group_of('MME', '3000012') == '3000012'
     )
-    assert [bf.group_of('MMVP', str(k)) for k in (1, 2, 299, 300)] == ['0', '0', '149', '149']
-    assert bf.group_of('MMVP', 'x7') == 'x7'
+    assert [group_of('MMVP', str(k)) for k in (1, 2, 299, 300)] == ['0', '0', '149', '149']
+    assert group_of('MMVP', 'x7') == 'x7'
 
 
 # Faults
@@ -232,12 +244,10 @@ def test_every_fault_is_listed(tmp_path):
         15: 'malformed row',
         16: 'malformed row',
     }
-    table = list(bf.read_tsv(path))
-    assert {r.row: r.reason for r in table if isinstance(r, bf.Reject)} == wanted and len(
-        table
-    ) == 17
-    assert {r.row: r.index for r in table if isinstance(r, bf.Reject)}[4] == '1'
-    info = build(bf.read_tsv(path), tmp_path / 'out', corruptions=['watermark_damage'])
+    table = list(read_tsv(path))
+    assert {r.row: r.reason for r in table if isinstance(r, Reject)} == wanted and len(table) == 17
+    assert {r.row: r.index for r in table if isinstance(r, Reject)}[4] == '1'
+    info = build(read_tsv(path), tmp_path / 'out', corruptions=['watermark_damage'])
     assert {r['row']: r['reason'] for r in info['rejects']} == wanted | {13: 'too small'}
     assert (
         info['rejected'] == dict(Counter((wanted | {13: 'too small'}).values()))
@@ -260,7 +270,7 @@ def test_faults_of_a_file(tmp_path, text, match):
     """One sentence, at once."""
     (tmp_path / 'toy.tsv').write_text(text)
     with pytest.raises(ValueError, match=match):
-        bf.read_tsv(tmp_path / 'toy.tsv')
+        read_tsv(tmp_path / 'toy.tsv')
 
 
 @pytest.mark.parametrize(
@@ -273,7 +283,7 @@ def test_faults_of_a_file(tmp_path, text, match):
 def test_no_file(tmp_path, name, match):
     """One sentence as well."""
     with pytest.raises(FileNotFoundError, match=match):
-        bf.read_tsv(tmp_path / name)
+        read_tsv(tmp_path / name)
 
 
 def test_outline(tmp_path):
@@ -283,8 +293,8 @@ def test_outline(tmp_path):
         [[k, code(k) if k != 3 else '!' * 80, 'q', 'x', 'y', 'A'] for k in range(1, 5)],
     )
     rows, named = (
-        bf.read_tsv(path),
-        lambda samples: {(s.key, s.group) for s in samples if isinstance(s, bf.BenchmarkRow)},
+        read_tsv(path),
+        lambda samples: {(s.key, s.group) for s in samples if isinstance(s, BenchmarkRow)},
     )
     assert (
         named(rows) < named(rows.outline())
@@ -320,7 +330,7 @@ def test_nothing_is_replaced_by_the_clean_picture(tmp_path):
 
 def test_no_ops_are_counted(tmp_path):
     """A grey picture has no saturation to lose: the row stays, and says so."""
-    grey = bf._encode(np.full((64, 64, 3), 90, np.uint8))
+    grey = encode_picture(np.full((64, 64, 3), 90, np.uint8))
     info = build(
         [replace(toy(1)[0], image=grey), *toy(3)[1:]],
         tmp_path / 'o',
@@ -348,7 +358,7 @@ def test_seed_workers_and_shards(tmp_path):
     assert cut['content_hash'] == one['content_hash'] and len(cut['files']) == 6 > len(one['files'])
     assert build(clean, tmp_path / 'other', seed=1)['content_hash'] != one['content_hash']
     assert (
-        bf.content_hash(bf.read_files(tmp_path / 'cut'))
+        content_hash(bf.read_files(tmp_path / 'cut'))
         == one['content_hash']
         == bf.verify(tmp_path / 'cut')
     )
@@ -365,7 +375,7 @@ def test_a_picture_does_not_depend_on_its_company(tmp_path):
 
 def test_full_design(tmp_path):
     """48 variants of each picture, each once, drawn from its own generator, which params repeat."""
-    clean = list(bf.from_scenes('realworldqa', 2))
+    clean = list(from_scenes('realworldqa', 2))
     info = build(clean, tmp_path / 'o', design='full', corruptions=None, relative=True)
     rows = list(bf.read_files(tmp_path / 'o'))
     assert (
@@ -410,7 +420,9 @@ def test_mixed_design(tmp_path):
         and len({v[0] for v in per.values()}) > 5
     )
     one, total = toy(1)[0], sum(dg.BENCH_WEIGHTS.values())
-    names = Counter(bf._drawn(bf.VariantPlan(), replace(one, index=str(k))) for k in range(8000))
+    names = Counter(
+        _drawn_corruption(VariantPlan(), replace(one, index=str(k))) for k in range(8000)
+    )
     assert all(abs(names[c] / 8000 - w / total) < 0.012 for c, w in dg.BENCH_WEIGHTS.items())
 
 
@@ -422,7 +434,7 @@ def test_rolls_share_the_corrupted_picture(tmp_path):
         + [[2_000_003, code(3), 'q', 'x', 'y', 'A']]
     )
     build(
-        bf.read_tsv(write_tsv(tmp_path / 'MMBench_toy.tsv', rows)),
+        read_tsv(write_tsv(tmp_path / 'MMBench_toy.tsv', rows)),
         tmp_path / 'o',
         corruptions=['gaussian_noise'],
         tsv=True,
@@ -437,13 +449,13 @@ def test_rolls_share_the_corrupted_picture(tmp_path):
     lines = (tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv').read_text().splitlines()
     assert sum(len(l) < 100 for l in lines[1:]) == 20  # pointers again
     assert {
-        s.index: s.image for s in bf.read_tsv(tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv')
+        s.index: s.image for s in read_tsv(tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv')
     } == {k: s.image for k, s in shown.items()}
 
 
 def test_groups_share_corruption_and_draws(tmp_path):
     """By group: both pictures of a pair get one corruption with the same numbers; by picture, each its own."""
-    pairs = list(bf.from_scenes('mmvp', 12))
+    pairs = list(from_scenes('mmvp', 12))
     for by_group in (True, False):
         build(pairs, tmp_path / str(by_group), corruptions=None, relative=True, by_group=by_group)
         rows = list(bf.read_files(tmp_path / str(by_group), 'hard'))
@@ -498,10 +510,13 @@ def test_datasets():
     )
     columns = dict(index='id', image='img', question='q', options='opts', answer='gold')
     for source in (ds, ds.to_iterable_dataset()):
-        got = list(bf.read_datasets(source, columns, 'toy'))
-        assert [type(g).__name__ for g in got] == ['Sample', 'Sample', 'Reject', 'Reject'] and [
-            g.index for g in got
-        ] == list('3456')
+        got = list(read_datasets(source, columns, 'toy'))
+        assert [type(g).__name__ for g in got] == [
+            'BenchmarkRow',
+            'BenchmarkRow',
+            'Reject',
+            'Reject',
+        ] and [g.index for g in got] == list('3456')
         assert (
             got[0].image == picture(1)
             and got[0].options == dict(A='cat', B='None')
@@ -518,7 +533,7 @@ def test_datasets():
             gold=[2],
         )
     )
-    [s] = bf.read_datasets(
+    [s] = read_datasets(
         wide, dict(image='img', question='q', options=['x', 'y', 'z'], answer='gold'), 'toy'
     )
     assert (
@@ -541,22 +556,22 @@ def test_dataset_columns(columns, match):
     """Whole-source faults are ValueErrors."""
     ds = Dataset.from_dict(dict(img=['x'], q=['a'], gold=['b']))
     with pytest.raises(ValueError, match=match):
-        bf.read_datasets(ds, columns, 'toy')
+        read_datasets(ds, columns, 'toy')
     with pytest.raises(ValueError, match='no rows'):
-        bf.read_datasets(ds.select([]), dict(image='img', question='q', answer='gold'), 'toy')
+        read_datasets(ds.select([]), dict(image='img', question='q', answer='gold'), 'toy')
 
 
 @pytest.mark.parametrize('benchmark', [*scenes.FAMILIES, 'easyvqa'])
 def test_scenes(benchmark):
     """Every question of the repository's own benchmarks is a good row; what the embedded model is asked is kept word for word."""
-    rows = list(bf.from_scenes(benchmark, 6, seed=2))
+    rows = list(from_scenes(benchmark, 6, seed=2))
     items = (
         scenes.easy_vqa_benchmark(6, 2)
         if benchmark == 'easyvqa'
         else scenes.benchmark(benchmark, 3 if benchmark == 'mmvp' else 6, 2)
     )
     assert len(rows) == len(items) == len({s.key for s in rows}) and all(
-        isinstance(s, bf.BenchmarkRow) for s in rows
+        isinstance(s, BenchmarkRow) for s in rows
     )
     for s, item in zip(rows, items):
         assert (
@@ -595,7 +610,7 @@ def test_files_of_the_full_design(tmp_path):
     build(toy(3), tmp_path / 'o', design='full', severities=('mid', 'hard'), tsv=True)
     names = {p.stem for p in (tmp_path / 'o').glob('*.tsv')}
     assert names == {f'toy_{c}' for c in CHEAP} | {f'toy_{c}_LOW_LEVEL_MID' for c in CHEAP}
-    again = {s.key: s.image for n in names for s in bf.read_tsv(tmp_path / 'o' / f'{n}.tsv')}
+    again = {s.key: s.image for n in names for s in read_tsv(tmp_path / 'o' / f'{n}.tsv')}
     assert again == {s.key: s.image for s in bf.read_files(tmp_path / 'o')}
 
 
@@ -648,9 +663,13 @@ def test_wrong_digests_are_found(tmp_path):
 
 CHILD = """
 import sys
-from clear_nb import bench_files as bf
-if __name__ == '__main__': bf.build_files(bf.read_tsv(sys.argv[1]), sys.argv[2], seed=5, workers=int(sys.argv[3]), shard=16, progress=False,
-                                          corruptions=['lens_blur', 'gaussian_noise', 'graffiti'])
+from clear_nb.bench_files import build_files
+from clear_nb.rows import read_tsv
+
+if __name__ == '__main__':
+    names = ['lens_blur', 'gaussian_noise', 'graffiti']
+    settings = dict(workers=int(sys.argv[3]), shard=16, progress=False, corruptions=names)
+    build_files(read_tsv(sys.argv[1]), sys.argv[2], seed=5, **settings)
 """
 
 
@@ -697,10 +716,10 @@ def test_killed_and_resumed(tmp_path, workers):
         bf.read_files(out)
     kw = dict(shard=16, corruptions=['lens_blur', 'gaussian_noise', 'graffiti'])
     with pytest.raises(ValueError, match=r'seed \(5 there, 6 now\)'):
-        build(bf.read_tsv(path), out, seed=6, **kw)
+        build(read_tsv(path), out, seed=6, **kw)
     (out / '.rows-00099.abcd.tmp.parquet').write_bytes(b'half a file')
-    build(bf.read_tsv(path), out, seed=5, **kw)
-    whole = build(bf.read_tsv(path), tmp_path / 'whole', seed=5, **kw)
+    build(read_tsv(path), out, seed=5, **kw)
+    whole = build(read_tsv(path), tmp_path / 'whole', seed=5, **kw)
     assert (
         tree(out) == tree(tmp_path / 'whole')
         and whole['counts']['rows'] == 89 * 3
@@ -783,13 +802,13 @@ def test_pixels_like_the_release():
     )
     for data in (clear, grey16, lying):
         wanted = cv2.imdecode(np.frombuffer(data.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        got = bf.BenchmarkRow('b', '1', 'q', 'a', data.getvalue()).pixels()
+        got = BenchmarkRow('b', '1', 'q', 'a', data.getvalue()).pixels()
         assert got.shape == wanted.shape and abs(got.astype(int) - wanted).max() <= 1
 
 
 def test_two_processes_build_the_same_folder(tmp_path):
     """Seeds side by side share their benchmarks: one builds, the other waits and finds it finished."""
-    code = "import sys; from clear_nb.mmd_bench import files; files('mmstar', 12, sys.argv[1])"
+    code = "import sys; from clear_nb.mmd_bench import corrupted_files as f; f('mmstar', 12, sys.argv[1])"
     runs = [
         subprocess.Popen(
             [sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True

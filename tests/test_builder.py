@@ -30,18 +30,43 @@ from builder_rows import (
 from fake_server import Drop, FakeServer, Status, hasty
 
 from clear_nb import bench
-from clear_nb import builder as bd
 from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
-from clear_nb.bench_files import BenchmarkRow
+from clear_nb.annotate import TRACE_FAULTS, trace_fault
+from clear_nb.builder import build_summary, build_training, read_recipe
+from clear_nb.candidates import (
+    TEXT_COLUMNS,
+    SelectionLog,
+    candidate_files,
+    make_candidate,
+    read_columns,
+    select_questions,
+)
 from clear_nb.core import read_records
+from clear_nb.data import read_manifest
 from clear_nb.judge import LLMJudge, Replies
+from clear_nb.pathways import (
+    INSTRUCTION,
+    answer_questions,
+    base_is_right,
+    pathways_of,
+    route_questions,
+    row_of_candidate,
+)
 from clear_nb.report import table8
 from clear_nb.reward import rule_says_right
+from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Server
+from clear_nb.sources import (
+    SOURCE_REJECT_REASONS,
+    TRAINING_PARTS,
+    BuildRecipe,
+    open_folder,
+    read_picture,
+)
 from clear_nb.trajectory import parse
 
 N, ROWS = 60, 600
-RECIPE = bd.BuildRecipe(n=N, share=1.0, spare=100.0, relative=True)
+RECIPE = BuildRecipe(n=N, share=1.0, spare=100.0, relative=True)
 
 
 @pytest.fixture(scope='module')
@@ -55,8 +80,8 @@ def asks(url, **kw):
 
 def build(source, url, out, recipe=RECIPE, adapter=None, **kw):
     settings = dict(workers=4, progress=False) | kw
-    return bd.build_training(
-        bd.open_folder(source),
+    return build_training(
+        open_folder(source),
         adapter or CallableAdapter(base, 'base'),
         asks(url),
         out,
@@ -113,7 +138,7 @@ def test_every_row_is_accounted_for(built):
 
 def test_the_look_alike_has_every_fault():
     """Each reason that a row can be rejected for is tried, but for one that no picture of the look-alike has."""
-    assert set(bd.SOURCE_REJECT_REASONS) - set(BAD) == {'unreadable shard', 'cannot be degraded'}
+    assert set(SOURCE_REJECT_REASONS) - set(BAD) == {'unreadable shard', 'cannot be degraded'}
 
 
 def test_examples(built):
@@ -130,12 +155,12 @@ def test_examples(built):
         assert (
             said.valid
             and said.restored == r['restore']
-            and rule_says_right(bd.sample_of(r), said.answer)
+            and rule_says_right(row_of_candidate(r), said.answer)
         )
     assert not any(r['texts'] for r in rl)
     for r in sft + rl:  # the pathway is the base model's failure
         said = base(None, r['question'])
-        assert r['restore'] == (not rule_says_right(bd.sample_of(r), said))
+        assert r['restore'] == (not rule_says_right(row_of_candidate(r), said))
 
 
 def test_splits_are_disjoint(built):
@@ -143,16 +168,16 @@ def test_splits_are_disjoint(built):
     out, _, _ = built
     pixels = {
         p: [
-            hashlib.sha256(np.asarray(bd.read_picture(r['image'], RECIPE)[0]).tobytes()).hexdigest()
+            hashlib.sha256(np.asarray(read_picture(r['image'], RECIPE)[0]).tobytes()).hexdigest()
             for r in examples(out, p)
         ]
-        for p in bd.TRAINING_PARTS
+        for p in TRAINING_PARTS
     }
     assert not set(pixels['sft']) & set(pixels['rl'])
-    keys = [r['key'] for p in bd.TRAINING_PARTS for r in examples(out, p)]
+    keys = [r['key'] for p in TRAINING_PARTS for r in examples(out, p)]
     assert len(keys) == len(set(keys)) == 2 * N
     png, jpeg = (
-        bd.candidate(good_row(5, **how), '', '', RECIPE)
+        make_candidate(good_row(5, **how), '', '', RECIPE)
         for how in (dict(compress_level=0), dict(compress_level=9))
     )
     assert png['image'] != jpeg['image'] and (png['part'], png['key']) == (
@@ -174,8 +199,8 @@ def test_replies(built):
         kept
     )  # some had to be asked again, for they were not answered
     usable = len(kept) - sum(m['faults'].values())
-    assert usable == N and set(m['faults']) == set(bd.TRACE_FAULTS) - {'answer revealed'}
-    assert set(m['rejected']['trace']) <= set(bd.TRACE_FAULTS) and 0 < m['accounts'][
+    assert usable == N and set(m['faults']) == set(TRACE_FAULTS) - {'answer revealed'}
+    assert set(m['rejected']['trace']) <= set(TRACE_FAULTS) and 0 < m['accounts'][
         'rejected_traces'
     ] == sum(m['rejected']['trace'].values())
 
@@ -191,15 +216,15 @@ def test_blank_thoughts_are_no_trace():
         corruption='',
         severity='clean',
     )
-    assert bd.trace_fault('<think>stripes</think><answer>zebra</answer>', row, False) == ''
+    assert trace_fault('<think>stripes</think><answer>zebra</answer>', row, False) == ''
     for first in ('', '<think> </think><image_restore>'):
         for rest in (
             '<think> \n</think><answer>zebra</answer>',
             '<think>stripes</think><answer> </answer>',
         ):
-            assert bd.trace_fault(first + rest, row, bool(first)) == 'no trajectory'
+            assert trace_fault(first + rest, row, bool(first)) == 'no trajectory'
     assert (
-        bd.trace_fault(
+        trace_fault(
             '<think> </think><image_restore><think>stripes</think><answer>zebra</answer>', row, True
         )
         == 'no trajectory'
@@ -318,7 +343,7 @@ def test_pause(source, tmp_path, hasty):
             source,
             server.url,
             tmp_path / 'out',
-            bd.BuildRecipe(n=4, share=1.0, spare=2.0, relative=True),
+            BuildRecipe(n=4, share=1.0, spare=2.0, relative=True),
             patience=30,
         )
     assert m['accounts']['examples'] == dict(sft=4, rl=4)
@@ -326,7 +351,7 @@ def test_pause(source, tmp_path, hasty):
 
 def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
     """A key that is refused and a request that no server takes end the build before anything is rejected."""
-    small = bd.BuildRecipe(n=4, share=1.0, spare=2.0, relative=True)
+    small = BuildRecipe(n=4, share=1.0, spare=2.0, relative=True)
     with FakeServer(default=Status(401, 'bad key sk-secret')) as server:
         with pytest.raises(PermissionError, match='refused the key'):
             build(source, server.url, tmp_path / 'out', small)
@@ -349,7 +374,7 @@ def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
 def test_recipe_of_the_command_line(setting, why):
     """Another type than that of the recipe, another name."""
     with pytest.raises(ValueError, match=re.escape(why)):
-        bd.recipe_of([setting])
+        read_recipe([setting])
 
 
 class Moody(CallableAdapter):
@@ -364,7 +389,7 @@ class Moody(CallableAdapter):
 
 def test_base_without_a_reply(source, tmp_path, hasty):
     """The run stops at the end of the stage, or leaves the rows out when told to; they are counted apart."""
-    small = bd.BuildRecipe(n=4, share=1.0, spare=10.0, relative=True, drop_silent=False)
+    small = BuildRecipe(n=4, share=1.0, spare=10.0, relative=True, drop_silent=False)
     with FakeServer(default=Misbehaving(outages=False)) as server:
         with pytest.raises(
             ConnectionError, match=r'no reply to \d+ of 80 rows \(first: too long\)'
@@ -375,7 +400,7 @@ def test_base_without_a_reply(source, tmp_path, hasty):
             source,
             server.url,
             tmp_path / 'b',
-            bd.BuildRecipe(n=4, share=1.0, spare=10.0, relative=True, drop_silent=True),
+            BuildRecipe(n=4, share=1.0, spare=10.0, relative=True, drop_silent=True),
             Moody(base, 'base'),
         )
     assert m['accounts']['no_reply'] > 0 and m['accounts']['examples'] == dict(sft=4, rl=4)
@@ -383,12 +408,12 @@ def test_base_without_a_reply(source, tmp_path, hasty):
 
 def test_base_server_refuses(source, tmp_path, hasty):
     """What the server of the base model said before it refused is kept; only the rest is asked when it takes requests again."""
-    small = bd.BuildRecipe(n=4, share=1.0, spare=10.0, relative=True)
-    bd.select_questions(bd.open_folder(source), tmp_path, small, progress=False)
+    small = BuildRecipe(n=4, share=1.0, spare=10.0, relative=True)
+    select_questions(open_folder(source), tmp_path, small, progress=False)
     with FakeServer(['yes'] * 5, default=Status(401)) as server:
 
         def ask():
-            return bd.answer_all(
+            return answer_questions(
                 ServerAdapter('m', server.url, workers=1), tmp_path, small, progress=False
             )
 
@@ -418,29 +443,30 @@ def test_base_server_refuses(source, tmp_path, hasty):
 )
 def test_reading(truth, said, right):
     """Without its thoughts; yes and no out of a sentence, other words only where nothing else is said."""
-    assert bd.base_right(BenchmarkRow('x', '1', 'What?', truth, b''), said) == right
+    assert base_is_right(BenchmarkRow('x', '1', 'What?', truth, b''), said) == right
 
 
 def test_reading_options():
     s = BenchmarkRow('x', '1', 'Is it?', 'B', b'', dict(A='yes', B='no'))
     assert all(
-        bd.base_right(s, said) for said in ('B', 'b', '(B) no', 'It is B.', 'no')
-    ) and not any(bd.base_right(s, said) for said in ('A', 'yes', 'A or B'))
+        base_is_right(s, said) for said in ('B', 'b', '(B) no', 'It is B.', 'no')
+    ) and not any(base_is_right(s, said) for said in ('A', 'yes', 'A or B'))
 
 
-JUDGED = bd.BuildRecipe(n=8, share=1.0, spare=6.0, relative=True)
+JUDGED = BuildRecipe(n=8, share=1.0, spare=6.0, relative=True)
 
 
 def asked_base(source, out, adapter, judge=None):
     """Stages A and B; by key: is the row on the restore pathway?, and should it be?"""
-    bd.select_questions(bd.open_folder(source), out, JUDGED, progress=False)
-    said = bd.answer_all(adapter, out, JUDGED, progress=False)
-    rows = {r['key']: r for f in bd._candidate_files(out) for r in bd._columns(f, bd._TEXTS)}
+    select_questions(open_folder(source), out, JUDGED, progress=False)
+    said = answer_questions(adapter, out, JUDGED, progress=False)
+    rows = {r['key']: r for f in candidate_files(out) for r in read_columns(f, TEXT_COLUMNS)}
     truth = {
-        k: not rule_says_right(bd.sample_of(r), base(None, r['question'])) for k, r in rows.items()
+        k: not rule_says_right(row_of_candidate(r), base(None, r['question']))
+        for k, r in rows.items()
     }
     return {
-        c.key: c.restore for c in bd.candidates(out, said, JUDGED, judge, progress=False)
+        c.key: c.restore for c in route_questions(out, said, JUDGED, judge, progress=False)
     }, truth
 
 
@@ -484,7 +510,7 @@ def test_instruction(source, tmp_path, hasty, capsys):
         json.loads((tmp_path / n / 'building.json').read_text())['base']['instruction']
         for n in 'ab'
     ]
-    assert settings == [bd.INSTRUCTION, '']
+    assert settings == [INSTRUCTION, '']
     assert (
         ask(tmp_path / 'a', '--instruction', '') == 2
         and 'begun with other settings: base' in capsys.readouterr().err
@@ -541,7 +567,7 @@ def test_judge_goes_away(source, tmp_path, hasty):
         said, light = Replies(tmp_path / 'base.jsonl'), replace(JUDGED, drop_silent=True)
         ways = [
             c.restore
-            for c in bd.candidates(
+            for c in route_questions(
                 tmp_path, said, light, judge_at(server.url, tmp_path), progress=False
             )
         ]
@@ -570,7 +596,7 @@ def test_silent_judge_ends_early(tmp_path, hasty):
     asked = [(BenchmarkRow('x', '1', f'What is {k}?', 'a', b''), 'some b') for k in range(200)]
     with FakeServer(default=Status(503)) as server:
         with pytest.raises(ConnectionError, match='the judge does not answer'):
-            bd.ways_of(asked, JUDGED, judge_at(server.url, tmp_path), 2, False)
+            pathways_of(asked, JUDGED, judge_at(server.url, tmp_path), 2, False)
         assert len(server.requests) == 16
 
 
@@ -598,10 +624,12 @@ def test_judge_talks_nonsense(source, tmp_path, hasty):
         assert (
             a['examples'] == dict(sft=8, rl=8)
             and m['reading']['judge']['model'] == 'toy-judge'
-            and f'{a["unjudged"]} unjudged' in bd._told(m)[0]
+            and f'{a["unjudged"]} unjudged' in build_summary(m)[0]
         )
         for r in examples(tmp_path / 'a', 'sft') + examples(tmp_path / 'a', 'rl'):
-            assert r['restore'] == (not rule_says_right(bd.sample_of(r), base(None, r['question'])))
+            assert r['restore'] == (
+                not rule_says_right(row_of_candidate(r), base(None, r['question']))
+            )
         with pytest.raises(ValueError, match='begun with other settings: reading'):
             build(source, annotator.url, tmp_path / 'a', JUDGED, CallableAdapter(talkative, 'base'))
         server.default = 'Well, that depends.'
@@ -663,7 +691,7 @@ def test_full_disk(built, source, tmp_path, start):
     with FakeServer(default=Misbehaving(outages=False)) as server:
         for limit in (200_000, 10_000):  # a file of candidates, the replies of the base model
             if limit == 10_000:
-                bd.select_questions(bd.open_folder(source), out, RECIPE, progress=False)
+                select_questions(open_folder(source), out, RECIPE, progress=False)
             p, pipe = start(source, out, server.url, limit)
             said = pipe.recv() if pipe.poll(240) else 'nothing said'
             ended(p)
@@ -675,7 +703,7 @@ def test_full_disk(built, source, tmp_path, start):
 
 def test_damaged_candidates(source, tmp_path, hasty):
     """A file of the build that was damaged is named."""
-    select = lambda: bd.select_questions(bd.open_folder(source), tmp_path, RECIPE, progress=False)
+    select = lambda: select_questions(open_folder(source), tmp_path, RECIPE, progress=False)
     select()
     first = sorted(tmp_path.glob('candidates/*.parquet'))[0]
     first.write_bytes(first.read_bytes()[:1000])
@@ -687,24 +715,24 @@ def test_damaged_candidates(source, tmp_path, hasty):
 
 def test_share(source, tmp_path):
     """Rows are drawn by content: about the share, the same ones whatever else there is."""
-    bd.select_questions(
-        bd.open_folder(source),
+    select_questions(
+        open_folder(source),
         tmp_path / 'a',
-        bd.BuildRecipe(n=N, share=0.3, spare=100.0, relative=True),
+        BuildRecipe(n=N, share=0.3, spare=100.0, relative=True),
         progress=False,
     )
-    (path,) = bd._candidate_files(tmp_path / 'a')
-    found = bd.Found.of(path)
+    (path,) = candidate_files(tmp_path / 'a')
+    found = SelectionLog.of(path)
     assert 0.6 * ROWS < found.counts['not drawn'] < 0.8 * ROWS
     half = tmp_path / 'half'
     write_source(half, ROWS, shards=2)
-    bd.select_questions(
-        bd.open_folder(half),
+    select_questions(
+        open_folder(half),
         tmp_path / 'b',
-        bd.BuildRecipe(n=N, share=0.3, spare=100.0, relative=True),
+        BuildRecipe(n=N, share=0.3, spare=100.0, relative=True),
         progress=False,
     )
-    keys = lambda out: {c['key'] for f in bd._candidate_files(out) for c in bd._columns(f, ['key'])}
+    keys = lambda out: {c['key'] for f in candidate_files(out) for c in read_columns(f, ['key'])}
     assert keys(tmp_path / 'a') == keys(tmp_path / 'b')
 
 
@@ -722,11 +750,11 @@ def test_written_by_datasets(tmp_path):
     Dataset.from_list(made, features=kinds).to_parquet(tmp_path / 'in' / 'x.parquet') if (
         tmp_path / 'in'
     ).mkdir() is None else None
-    bd.select_questions(bd.open_folder(tmp_path / 'in'), tmp_path / 'out', RECIPE, progress=False)
-    (path,) = bd._candidate_files(tmp_path / 'out')
-    assert [c['id'] for c in bd._columns(path, ['id'])] == ['0', '2'] and bd.Found.of(path).rejects[
-        0
-    ][1] == 'undecodable picture'
+    select_questions(open_folder(tmp_path / 'in'), tmp_path / 'out', RECIPE, progress=False)
+    (path,) = candidate_files(tmp_path / 'out')
+    assert [c['id'] for c in read_columns(path, ['id'])] == ['0', '2'] and SelectionLog.of(
+        path
+    ).rejects[0][1] == 'undecodable picture'
 
 
 def test_rows_train(built, tmp_path, monkeypatch):
@@ -850,7 +878,7 @@ def test_short_source(source, tmp_path, hasty, capsys):
         'fewer examples than the 2,000 wanted' in out.err
         and 'traces (of 2,000 wanted: the source holds no more' in capsys.readouterr().out
     )
-    m = bd.read_manifest(tmp_path / 'out')['statistics']
+    m = read_manifest(tmp_path / 'out')['statistics']
     assert m['direct'] == m['restore'] > 50
 
 
@@ -891,8 +919,8 @@ def test_foreign_source(source, tmp_path, hasty, capsys):
     assert (
         sum(
             r[1] == 'unreadable shard' and 'index, reply' in r[2]
-            for f in bd._candidate_files(tmp_path / 'both')
-            for r in bd.Found.of(f).rejects
+            for f in candidate_files(tmp_path / 'both')
+            for r in SelectionLog.of(f).rejects
         )
         == 1
     )

@@ -48,12 +48,11 @@ from clear_nb.explore import (
     image_spans,
     make_panel,
     psnr,
-    state_at,
     token_choices,
     token_texts,
 )
 from clear_nb.flow import clean_estimate
-from clear_nb.grpo import rollout_segments
+from clear_nb.grpo import rollout_segments, state_at
 from clear_nb.model import ClearModel
 from clear_nb.trajectory import pack
 from clear_nb.vae import unpatchify

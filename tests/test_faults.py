@@ -45,16 +45,18 @@ from test_train import toy
 
 from clear_nb import bench, core, grpo, pipeline
 from clear_nb import bench_files as bf
-from clear_nb import builder as bd
 from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
+from clear_nb.builder import build_summary, build_training
+from clear_nb.candidates import candidate_files, read_columns
 from clear_nb.core import PATHS, ROOT, find_stage, load_preset, read_records, write_record
-from clear_nb.data import labelled_items, make_picture_set, open_training
+from clear_nb.data import labelled_items, make_picture_set, open_training, read_manifest
 from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge, judge_many
 from clear_nb.model import ClearModel, export_bagel
 from clear_nb.reward import AnswerScore, Outage, Unparsable
 from clear_nb.server import Server
+from clear_nb.sources import BuildRecipe, open_folder
 from clear_nb.train import accelerator, last_state, saved_states
 
 
@@ -896,7 +898,7 @@ def picture_text(s):
 
 # ---------------------------------------------------------------- training data
 
-ROWS, RECIPE = 60, bd.BuildRecipe(n=8, share=1.0, spare=100.0, relative=True)
+ROWS, RECIPE = 60, BuildRecipe(n=8, share=1.0, spare=100.0, relative=True)
 
 
 class Base(CallableAdapter):
@@ -925,8 +927,8 @@ def source(tmp_path_factory):
 def make(source, annotator, out, base=None, r=RECIPE, **kw):
     """A build; it ends at the first long silence."""
     server = annotator and Server('fake', annotator.url, timeout=5.0, tries=2)
-    return bd.build_training(
-        bd.open_folder(source),
+    return build_training(
+        open_folder(source),
         base or Base(look.base, 'base'),
         server,
         out,
@@ -976,7 +978,7 @@ def rejects(built):
 
 def source_shard(s):
     built = s.get('built')
-    yield bd._told(built.m)[1]
+    yield build_summary(built.m)[1]
     a = built.m['accounts']
     assert (
         a['rows']
@@ -991,7 +993,7 @@ def source_shard(s):
 
 def source_rows(s):
     built = s.get('built')
-    yield bd._told(built.m)[1]
+    yield build_summary(built.m)[1]
     assert built.m['rejected']['row'] == dict(
         sorted({**look.expected(ROWS, 4), 'unreadable shard': 1}.items())
     ) and built.m['accounts']['examples'] == dict(sft=8, rl=8)
@@ -1005,7 +1007,7 @@ def source_twice(s):
     built = s.get('built')
     yield (built.out / 'rejects.jsonl').read_text()
     (twice,) = [r for r in rejects(built) if r['reason'] == 'duplicate']
-    held = [c for f in bd._candidate_files(built.out) for c in bd._columns(f, ['id', 'place'])]
+    held = [c for f in candidate_files(built.out) for c in read_columns(f, ['id', 'place'])]
     assert (
         twice['place'] == f'good.parquet:{ROWS - 1}'
         and dict(id='0', place='good.parquet:0') in held
@@ -1031,7 +1033,7 @@ def annotator_nonsense(s):
     )
     with FakeServer(default=talks) as annotator:
         m = make(s.get('source'), annotator, s.tmp / 'out')
-    yield bd._told(m)[2]
+    yield build_summary(m)[2]
     lost = m['rejected']['trace']['no trajectory']
     assert (
         m['accounts']['examples'] == dict(sft=8, rl=8)
@@ -1077,7 +1079,7 @@ def examples_cut(s):
 def manifest_empty(s):
     out, asked = copied(s)
     (out / 'manifest.json').write_text('')
-    yield stopped(ValueError, bd.read_manifest, out)
+    yield stopped(ValueError, read_manifest, out)
     (out / 'manifest.json').unlink()
     goes_on_building(s, out, asked)
 

@@ -44,10 +44,11 @@ from clear_nb.grpo import (
     text_logp,
     train_grpo,
 )
-from clear_nb.judge import OPTION_TASK, LLMJudge, Refused
+from clear_nb.judge import OPTION_TASK, LLMJudge
 from clear_nb.model import freeze
 from clear_nb.mot import KVCache
 from clear_nb.reward import AnswerScore, Outage
+from clear_nb.server import Refused
 from clear_nb.train import accelerator, fit, optimizer
 from clear_nb.trajectory import MARKER, LatentSegment, TextSegment, pack
 

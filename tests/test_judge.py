@@ -12,9 +12,9 @@ import pytest
 from fake_server import FAILURES, Drop, FakeServer, Hang, Raw, Status, hasty
 
 from clear_nb import scenes
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.judge import OPEN_TASK, OPTION_TASK, SHORT_TASK, LLMJudge, judge_many, read_letter
 from clear_nb.reward import AnswerScore, Outage, Unparsable
+from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Refused, Server
 
 KEY = 'sk-never-to-be-seen-0123456789'
@@ -169,7 +169,7 @@ def test_the_key_appears_nowhere(tmp_path, caplog, capfd, monkeypatch):
     ]
     seen += [r.getMessage() for r in caplog.records]
     assert [type(s).__name__ for s in seen[:4]] == [
-        'Score',
+        'AnswerScore',
         'Unparsable',
         'Outage',
         'Outage',

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clear_nb import bench_files, decode, degrade, scenes
+from clear_nb import bench_files, decode, degrade, generate, scenes, variants
 from clear_nb import mmd_bench as mb
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, read_records, rng
@@ -203,7 +203,7 @@ def test_files(tmp_path):
 def test_missing_rows_are_refused(tmp_path, monkeypatch):
     """A benchmark that lost rows is not asked."""
     monkeypatch.setattr(
-        bench_files, '_too_small', lambda p, s, c, v: 'too small' if s.index == '3' else ''
+        variants, '_too_small', lambda p, s, c, v: 'too small' if s.index == '3' else ''
     )
     with pytest.raises(ValueError, match='rows are missing'):
         mb.corrupted_files('mmstar', 7, tmp_path)

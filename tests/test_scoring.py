@@ -14,10 +14,10 @@ from fake_server import FakeServer, Status, hasty
 
 from clear_nb import degrade, scenes
 from clear_nb import scoring as sc
-from clear_nb.bench_files import BenchmarkRow
 from clear_nb.core import rng
 from clear_nb.judge import LLMJudge
 from clear_nb.reward import AnswerScore, Outage, RuleJudge, Unparsable, match_option
+from clear_nb.rows import BenchmarkRow
 
 GOLDEN = Path(__file__).parent / 'golden' / 'scoring'
 OPTIONS = [json.loads(line) for line in (GOLDEN / 'option_matching.jsonl').read_text().splitlines()]
