@@ -235,7 +235,9 @@ def save_images(
     path: Path,  # of the first; the second gets -2 before the suffix, and so on
 ) -> list:  # paths
     "Write the restored images."
-    paths = [path if n == 1 else path.with_stem(f'{path.stem}-{n}') for n in range(1, len(images) + 1)]
+    paths = [
+        path if n == 1 else path.with_stem(f'{path.stem}-{n}') for n in range(1, len(images) + 1)
+    ]
     for image, place in zip(images, paths):
         image.save(place)
     return paths
@@ -292,9 +294,7 @@ ANSWER_OPTIONS = {
     '--question': dict(required=True, help='what to ask'),
     '--out': dict(type=Path, help='where the restored image goes, e.g. restored.png'),
     '--seed': dict(type=int, default=0, help='of the noise that is denoised (default: 0)'),
-    '--steps': dict(
-        type=int, help='grid points of the denoising (default: that of the preset)'
-    ),
+    '--steps': dict(type=int, help='grid points of the denoising (default: that of the preset)'),
     '--policy': dict(
         choices=POLICIES,
         default='adaptive',
