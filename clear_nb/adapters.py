@@ -39,11 +39,13 @@ from clear_nb.answer import (
     with_think_prompt,
 )
 from .bench_files import BenchmarkRow
-from .core import Clock, dataclass_from, file_hash, suggest, torch_rng
+from .core import file_hash, suggest, torch_rng
 from .flow import Guidance
 from .generate import Noise, Sampling, generate
 from .images import plain_rgb
 from .model import ClearModel
+from .presets import dataclass_from
+from .records import Clock
 from .server import Refused, Server
 from .trajectory import TextSegment
 

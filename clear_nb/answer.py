@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 import clear_nb
-from .core import Preset, find_stage, load_preset
 from .flow import time_grid
 from clear_nb.generate import (
     POLICIES,
@@ -34,6 +33,8 @@ from clear_nb.generate import (
 )
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
+from .presets import Preset, load_preset
+from .records import find_stage
 from .trajectory import LatentSegment, TextSegment, VitSegment
 
 # %% ../nbs/bench/answer.ipynb #bceaa03f

@@ -47,21 +47,12 @@ from tqdm import tqdm
 import clear_nb
 from . import degrade as dg
 from .bench_files import BenchmarkRow
-from clear_nb.core import (
-    PATHS,
-    Clock,
-    atomic_path,
-    dataclass_from,
-    explain_full_disk,
-    file_hash,
-    load_preset,
-    read_settings,
-    rng,
-    write_record,
-)
+from .core import PATHS, atomic_path, explain_full_disk, file_hash, rng
 from .data import REMAKE, read_manifest
 from .images import MAX_PIXELS, open_image, plain_rgb
 from .judge import OPEN_TASK, OPTION_TASK, SHORT_TASK, LLMJudge, Replies, judge_many
+from .presets import dataclass_from, load_preset, read_settings
+from .records import Clock, write_record
 from .reward import AnswerScore, Outage, Unparsable, matches, normalise, rule_says_right
 from .scoring import answer_text, read_yesno
 from .server import Declined, Refused, Server

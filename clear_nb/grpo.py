@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import flow
 from .base import load_stage
-from .core import GrpoParams, Preset, rng, stage_folder, torch_rng
+from .core import rng, torch_rng
 from .data import PictureSet, all_pairs, fingerprint, labelled_items, open_training, prompts
 from .data import make_picture_set as make_pool
 from clear_nb.generate import (
@@ -42,6 +42,8 @@ from clear_nb.generate import (
 )
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
+from .presets import GrpoParams, Preset
+from .records import stage_folder
 from .reward import Outage, Reward, RewardWeights, RuleJudge, Unparsable, score_rollout
 from clear_nb.train import (
     accelerator,

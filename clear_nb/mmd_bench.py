@@ -40,17 +40,7 @@ from clear_nb.bench_files import (
     read_info,
     verify,
 )
-from clear_nb.core import (
-    PATHS,
-    Clock,
-    EvalParams,
-    Preset,
-    file_hash,
-    find_stage,
-    read_records,
-    suggest,
-    write_record,
-)
+from .core import PATHS, file_hash, suggest
 from clear_nb.data import (
     Item,
     PictureSet,
@@ -62,6 +52,8 @@ from clear_nb.data import (
 )
 from .generate import POLICIES_WITHOUT_RESTORATION, Noise, Sampling, decode_pixels, generate
 from .model import ClearModel
+from .presets import EvalParams, Preset
+from .records import Clock, find_stage, read_records, write_record
 from .scoring import protocol_of, score_rows, score_units
 from .train import fast_precision
 from .trajectory import parse
@@ -232,7 +224,7 @@ class Subject:
     "A checkpoint and how it is asked."
 
     name: str
-    stage: str  # checkpoint, a key of core.STAGE_MADE_BY
+    stage: str  # checkpoint, a key of records.STAGE_MADE_BY
     inputs: str = 'both'  # 'vit' or 'both': latent and ViT
     kind: str = (
         'trace'  # 'trace': answers inside <answer>…</answer>; 'direct': the text is the answer

@@ -33,7 +33,7 @@ from scipy.io import savemat
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import PATHS, EvalParams, Preset, file_hash, rng
+from .core import PATHS, file_hash, rng
 from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
 from .degrade import CORRUPTIONS, UnchangedWarning
 from clear_nb.generate import (
@@ -49,6 +49,7 @@ from clear_nb.generate import (
 from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
+from .presets import EvalParams, Preset
 from clear_nb.report import (
     UNKNOWN,
     Estimate,

@@ -31,18 +31,14 @@ import papermill as pm
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from clear_nb.core import (
-    PATHS,
-    ROOT,
+from .core import PATHS, ROOT, atomic_path, file_hash, suggest
+from .presets import load_preset
+from clear_nb.records import (
     STAGE_MADE_BY,
     STAGE_PARAMETERS,
-    atomic_path,
-    file_hash,
-    load_preset,
     record_name,
     results_dir,
     stage_folder,
-    suggest,
 )
 
 # %% ../nbs/study/pipeline.ipynb #2ac7adbb

@@ -231,7 +231,7 @@ class RewardWeights:
 
     @classmethod
     def of(cls, cfg):
-        return cls(cfg.w_acc, cfg.w_fmt, cfg.w_dec, cfg.w_cost)  # cfg: core.GrpoParams
+        return cls(cfg.w_acc, cfg.w_fmt, cfg.w_dec, cfg.w_cost)  # cfg: presets.GrpoParams
 
 # %% ../nbs/method/reward.ipynb #3fca0f99
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ if __name__ == '__main__':  # a build in a process of its own; prints accounts a
 
     from clear_nb.adapters import open_adapter
     from clear_nb.builder import BuildRecipe, build_training, open_folder
-    from clear_nb.core import peak_memory
+    from clear_nb.records import peak_memory
     from clear_nb.server import Server
 
     p = argparse.ArgumentParser()

@@ -1,4 +1,4 @@
-"""Paths, generators, atomic files, presets and records."""
+"""Core, presets and records: paths, generators, atomic files, bars, numbers of a run and what it leaves."""
 
 import json
 import os
@@ -10,20 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from clear_nb import core
-from clear_nb.core import (
-    ROOT,
+from clear_nb import core, presets, records
+from clear_nb.core import ROOT, atomic_path, file_hash, rng, torch_rng
+from clear_nb.presets import load_preset
+from clear_nb.records import (
     Clock,
-    atomic_path,
-    file_hash,
     find_stage,
     git_state,
-    load_preset,
     make_record,
     read_records,
     results_dir,
-    rng,
-    torch_rng,
     write_record,
 )
 
@@ -301,7 +297,7 @@ def test_smoke_records_stay_out_of_git():
 
 def test_git_state(tmp_path, monkeypatch):
     """Commit and dirty flag; results do not count as changes; 'unknown' without git."""
-    monkeypatch.setattr(core, 'ROOT', tmp_path)
+    monkeypatch.setattr(records, 'ROOT', tmp_path)
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     assert git_state() == dict(commit='unknown', dirty='unknown')
     git = lambda *a: subprocess.run(
@@ -414,14 +410,14 @@ def test_make_record_is_json():
 )
 def test_settings_of_a_command_line(text, value):
     """Numbers, truth values and null; everything else is the text."""
-    got = core.read_settings([f'a={text}', f'b.c={text}'])
+    got = presets.read_settings([f'a={text}', f'b.c={text}'])
     assert got == dict(a=value, b=dict(c=value)) and type(got['a']) is type(value)
 
 
 def test_settings_that_cannot_be_read():
     for bad in (['a'], ['a=1', 'a.b=2']):
         with pytest.raises(ValueError, match='cannot read'):
-            core.read_settings(bad)
+            presets.read_settings(bad)
 
 
 def test_unfinished_records_are_not_read(tmp_path):

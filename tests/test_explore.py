@@ -29,7 +29,7 @@ import clear_nb.explore
 import clear_nb.mot
 from clear_nb.answer import answer
 from clear_nb.base import new_model
-from clear_nb.core import PATHS, ROOT, load_preset, rng
+from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.degrade import CORRUPTIONS
 from clear_nb.explore import (
     PHOTO,
@@ -55,6 +55,7 @@ from clear_nb.explore import (
 from clear_nb.flow import clean_estimate
 from clear_nb.grpo import rollout_segments
 from clear_nb.model import ClearModel
+from clear_nb.presets import load_preset
 from clear_nb.trajectory import pack
 from clear_nb.vae import unpatchify
 
