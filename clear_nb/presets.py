@@ -203,11 +203,6 @@ def _cast(
     wanted = kind.__name__ if plain else f'list of {get_args(kind)[0].__name__}'
     raise ValueError(f'{where} must be {wanted}, got {value!r}')
 
-# %% ../nbs/study/presets.ipynb #f2f3ca07
-def _required(cls) -> set[str]:  # names
-    "List the fields without a default."
-    return {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
-
 # %% ../nbs/study/presets.ipynb #eb66dcf0
 def dataclass_from(
     cls,  # dataclass
@@ -230,7 +225,8 @@ def dataclass_from(
     try:
         return cls(**out)
     except TypeError:
-        raise ValueError(f'{here}: missing {sorted(_required(cls) - values.keys())}') from None
+        required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        raise ValueError(f'{here}: missing {sorted(required - values.keys())}') from None
 
 # %% ../nbs/study/presets.ipynb #68dc0038
 def _set(values: dict, key: str, value, where: str):
