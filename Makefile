@@ -34,7 +34,7 @@ reproduce-all: $(READY) ## every seed, stage and ablation, JOBS seeds side by si
 
 figures: export MPLBACKEND = agg
 figures: $(READY) ## redraw every table and figure, and the README, from the committed records
-	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY)]; write_readme()'
+	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY_NOTEBOOKS, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY_NOTEBOOKS)]; write_readme()'
 
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg

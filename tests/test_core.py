@@ -438,3 +438,50 @@ def test_shipped_stages_are_those_of_one_seed(tmp_path, monkeypatch):
         FileNotFoundError, match="'sft' for preset 'tiny', seed 3: run notebook 01_sft"
     ):
         find_stage('tiny', 3, 'sft')
+
+
+@pytest.fixture
+def unwatched(monkeypatch):
+    """Neither a terminal, nor JupyterLab, nor the pipeline."""
+    for name in ('JPY_SESSION_NAME', core.BARS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_bars_are_silent_where_nobody_watches(unwatched, capfd):
+    """Values pass, nothing is written, and a damaged name of a terminal is no error."""
+    for name in (None, '', 'gone', __file__):
+        if name is not None:
+            unwatched.setenv(core.BARS_VARIABLE, name)
+        assert list(core.progress_bar(range(3), 'bar')) == [0, 1, 2] and not core.bars_are_shown()
+    assert ''.join(capfd.readouterr()) == ''
+
+
+def test_bars_in_jupyterlab(unwatched, capfd):
+    """A kernel of JupyterLab shows bars, unless the caller wants none."""
+    unwatched.setenv('JPY_SESSION_NAME', 'x.ipynb')
+    assert core.bars_are_shown()
+    list(core.progress_bar(range(3), 'silent', show=False))
+    list(core.progress_bar(range(3), 'shown'))
+    seen = capfd.readouterr().err
+    assert 'shown: 100%' in seen and 'silent' not in seen
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 2**16)
+    except BlockingIOError:
+        return b''
+
+
+def test_bars_at_the_terminal_of_the_pipeline(unwatched, capfd):
+    """The bar goes to the named terminal and not to standard error."""
+    ours, terminal = os.openpty()
+    unwatched.setenv(core.BARS_VARIABLE, os.ttyname(terminal))
+    assert list(core.progress_bar(range(3), 'far')) == [0, 1, 2] and core.bars_are_shown()
+    os.set_blocking(ours, False)
+    seen = b''.join(iter(lambda: _read(ours), b''))
+    assert b'far: 100%' in seen and capfd.readouterr().err == ''
+    core._open_terminal(os.ttyname(terminal)).close()
+    core._open_terminal.cache_clear()
+    os.close(ours), os.close(terminal)

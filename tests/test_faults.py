@@ -50,6 +50,7 @@ from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
 from clear_nb.core import PATHS, ROOT
 from clear_nb.data import labelled_items, make_picture_set, open_training
+from clear_nb.identity import made_from
 from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge, judge_many
 from clear_nb.model import ClearModel, export_bagel
@@ -1526,12 +1527,12 @@ def export_stale(s):
 def stamp_cut(s):
     out = s.tmp / '01_sft.ipynb'
     out.write_text('{}')
-    out.with_suffix('.stamp.json').write_text('{"key": "k", "pro')
-    assert not pipeline.up_to_date(out, 'k')
-    yield s.printed()
+    out.with_suffix('.stamp.json').write_text('{"made": {"code')
+    made = made_from('core', params=dict(k=1))
+    yield ' '.join(pipeline.reasons_to_run(out, made))
     assert out.read_text() == '{}'
-    out.with_suffix('.stamp.json').write_text('{"key": "k", "products": {}}')
-    assert pipeline.up_to_date(out, 'k')
+    out.with_suffix('.stamp.json').write_text(json.dumps(dict(made=made, products={})))
+    assert pipeline.reasons_to_run(out, made) == []
 
 
 if __name__ == '__main__':

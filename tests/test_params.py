@@ -5,7 +5,8 @@ import re
 import pytest
 
 from clear_nb.core import PATHS, ROOT
-from clear_nb.pipeline import SUMMARY_NOTEBOOKS, notebook_code, notebook_parameters
+from clear_nb.identity import notebook_code
+from clear_nb.pipeline import SUMMARY_NOTEBOOKS, notebook_parameters
 from clear_nb.presets import load_preset, preset_names
 
 PIPELINE = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))

@@ -11,7 +11,8 @@ import nbformat
 import pytest
 
 from clear_nb.core import ROOT
-from clear_nb.pipeline import library_notebooks, readme_text
+from clear_nb.pipeline import library_notebooks
+from clear_nb.readme import readme_text
 
 BIN = Path(sys.executable).parent
 LIBRARY = library_notebooks()
