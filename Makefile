@@ -11,6 +11,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# An empty package called opencv-python, so that only opencv-python-headless brings OpenCV (see its pyproject.toml).
+# Where an older environment held both, its removal took files of the other with it, which is then installed again.
+ONE_OPENCV := ./packaging/opencv-python
+HEADLESS := 'opencv-python-headless>=4.14,<5'
+
 .PHONY: help reproduce reproduce-all figures test audit env
 .DEFAULT_GOAL := help
 
@@ -29,7 +34,7 @@ reproduce-all: $(READY) ## every seed, stage and ablation, JOBS seeds side by si
 
 figures: export MPLBACKEND = agg
 figures: $(READY) ## redraw every table and figure, and the README, from the committed records
-	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY)]; write_readme()'
+	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY_NOTEBOOKS, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY_NOTEBOOKS)]; write_readme()'
 
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
@@ -43,8 +48,9 @@ audit: $(READY) ## do the packages fit together, and has one of them a known vul
 
 env: $(READY) ## only make the environment in .venv
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(ONE_OPENCV)/pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"clear-nb needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(ONE_OPENCV) -e '.[dev]'
+	@$(BIN)/python -c 'import cv2; cv2.imread' 2> /dev/null || $(BIN)/python -m pip install -q --force-reinstall --no-deps $(HEADLESS)
 	@touch $@

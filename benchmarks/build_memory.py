@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 
 from clear_nb.bench_files import build_files
-from clear_nb.core import peak_memory, rng
+from clear_nb.core import rng
+from clear_nb.records import peak_memory
 from clear_nb.rows import read_tsv
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 from generation import SHAPES, build, prompt, small_config
 
-from clear_nb.core import load_preset, torch_rng, write_record
+from clear_nb.core import torch_rng
 from clear_nb.model import freeze
+from clear_nb.presets import load_preset
+from clear_nb.records import write_record
 from clear_nb.scale import StagePlan, Tokens, training_flops, training_memory
 from clear_nb.sft import sft_loss
 from clear_nb.train import accelerator, optimizer, update

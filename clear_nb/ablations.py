@@ -22,23 +22,14 @@ import torch
 
 from .base import base_seed, load_stage
 from .bridge import train_bridge
-from clear_nb.core import (
-    PATHS,
-    Clock,
-    Preset,
-    atomic_path,
-    file_hash,
-    load_preset,
-    read_records,
-    stage_folder,
-    suggest,
-    write_record,
-)
+from .core import PATHS, atomic_path, file_hash, suggest
 from .data import PictureSet, labelled_items, make_picture_set, restore_pictures
 from .grpo import rl_set, train_grpo
 from .mmd_bench import RESULT_CODE, SUBJECTS, Subject, checkpoint, run_subject, signature
 from .model import ClearModel
 from .paper import paper_table
+from .presets import Preset, load_preset
+from .records import Clock, read_records, stage_folder, write_record
 from .sft import replay_pool, restorations_for, train_sft, training_set
 from .train import accelerator
 

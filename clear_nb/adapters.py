@@ -38,12 +38,14 @@ from clear_nb.answer import (
     sampling_of,
     with_think_prompt,
 )
-from .core import Clock, dataclass_from, file_hash, suggest, torch_rng
+from .core import file_hash, suggest, torch_rng
 from .decode import Noise
 from .flow import Guidance
 from .generate import Sampling, generate
 from .images import plain_rgb
 from .model import ClearModel
+from .presets import dataclass_from
+from .records import Clock
 from .rows import BenchmarkRow
 from .server import Refused, Server
 from .trajectory import TextSegment

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 import clear_nb
-from .core import Preset, find_stage, load_preset
 from .decode import Noise
 from .flow import time_grid
 from clear_nb.generate import (
@@ -33,6 +32,8 @@ from clear_nb.generate import (
 )
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
+from .presets import Preset, load_preset
+from .records import find_stage
 from .restore import decode_pixels
 from .trajectory import LatentSegment, TextSegment, VitSegment
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scenes
-from .core import ROOT, Preset, find_stage, rng, stage_folder, torch_rng
+from .core import ROOT, rng, torch_rng
 from clear_nb.data import (
     Item,
     PictureSet,
@@ -39,6 +39,8 @@ from clear_nb.data import (
 from .degrade import CORRUPTIONS, TRAIN_WEIGHTS, sample_corruption
 from .flow import sample_time
 from .model import ClearConfig, ClearModel, freeze, init_weights
+from .presets import Preset
+from .records import find_stage, stage_folder
 from .reward import RuleJudge
 from .train import accelerator, fit, origin, train_once
 from .trajectory import MARKER, Gap, TextSegment, pack, to_device

@@ -32,8 +32,10 @@ from tqdm import tqdm
 
 from . import answer, bench_files, builder, degrade, scoring
 from .adapters import Adapter, Reply, open_adapter
-from .core import atomic_path, read_settings, versions
+from .core import atomic_path
 from .judge import LLMJudge
+from .presets import read_settings
+from .records import versions
 from .report import Estimate, table8, to_markdown
 from .rows import BenchmarkRow, Reject, RowSource, read_tsv
 from .server import Refused

@@ -7,9 +7,11 @@ __all__ = ['train_bridge', 'main']
 
 # %% ../nbs/stages/bridge.ipynb #8bf69468
 from .base import base_seed, load_stage
-from .core import Preset, rng, stage_folder, torch_rng
+from .core import rng, torch_rng
 from .data import PictureSet, fingerprint
 from .model import ClearModel, freeze
+from .presets import Preset
+from .records import stage_folder
 from clear_nb.sft import (
     by_image,
     replay_pool,

@@ -44,17 +44,7 @@ from clear_nb.candidates import (
     read_columns,
     select_questions,
 )
-from clear_nb.core import (
-    PATHS,
-    Clock,
-    atomic_path,
-    dataclass_from,
-    explain_full_disk,
-    file_hash,
-    load_preset,
-    read_settings,
-    write_record,
-)
+from .core import PATHS, atomic_path, explain_full_disk, file_hash
 from .data import REMAKE, read_manifest
 from clear_nb.judge import (
     OPEN_TASK,
@@ -74,6 +64,8 @@ from clear_nb.pathways import (
     pathway_queues,
     route_questions,
 )
+from .presets import dataclass_from, load_preset, read_settings
+from .records import Clock, write_record
 from .server import Server
 from .sources import TRAINING_PARTS, BuildRecipe, Source, open_source
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import flow
 from .answer import build_prompt, check_token_budget, sampling_of
 from .attention import TextAttention, attention_of_last_text, attention_shares
-from .core import PATHS, Clock, rng
+from .core import PATHS, rng
 from .data import Item, scene_items
 from .decode import Noise
 from .degrade import CORRUPTIONS, SEVERITY, degrade
@@ -34,6 +34,7 @@ from .grpo import rollout_segments, state_at
 from .images import ResizeRule, open_image, resize, to_uint8
 from .model import ClearModel
 from .mot import routed, visible
+from .records import Clock
 from .restore import Restoration, decode_pixels
 from .reward import rule_says_right
 from .scenes import Question

@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from .core import Preset
 from .data import Item
 from clear_nb.mmd_bench import (
     BENCHMARK_PROTOCOLS,
@@ -29,6 +28,7 @@ from clear_nb.mmd_bench import (
     benchmark_rows,
     read_subject_answer,
 )
+from .presets import Preset
 from .scenes import FAMILIES
 from .scoring import score_rows
 from .watch import pictures

@@ -28,13 +28,15 @@ from torch import Tensor
 
 from . import flow
 from .base import load_stage
-from .core import GrpoParams, Preset, rng, stage_folder, torch_rng
+from .core import rng, torch_rng
 from .data import PictureSet, all_pairs, fingerprint, labelled_items, open_training, prompts
 from .data import make_picture_set as make_pool
 from .decode import Noise
 from .generate import Rollout, Sampling, generate, stop_and_ban, token_budget
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
+from .presets import GrpoParams, Preset
+from .records import stage_folder
 from .reward import Outage, Reward, RewardWeights, RuleJudge, Unparsable, score_rollout
 from clear_nb.train import (
     accelerator,

@@ -31,17 +31,7 @@ from tqdm import tqdm
 from . import degrade as dg
 from . import scenes
 from .bench_files import build_files, read_files, read_info, verify
-from clear_nb.core import (
-    PATHS,
-    Clock,
-    EvalParams,
-    Preset,
-    file_hash,
-    find_stage,
-    read_records,
-    suggest,
-    write_record,
-)
+from .core import PATHS, file_hash, suggest
 from clear_nb.data import (
     Item,
     PictureSet,
@@ -54,6 +44,8 @@ from clear_nb.data import (
 from .decode import Noise
 from .generate import POLICIES_WITHOUT_RESTORATION, GivenLatents, Sampling, generate
 from .model import ClearModel
+from .presets import EvalParams, Preset
+from .records import Clock, find_stage, read_records, write_record
 from .restore import decode_pixels
 from .rows import BenchmarkRow, RowSource, content_hash, from_scenes
 from .scoring import protocol_of, score_rows, score_units
@@ -229,7 +221,7 @@ class Subject:
     "A checkpoint and how it is asked."
 
     name: str
-    stage: str  # checkpoint, a key of core.STAGE_MADE_BY
+    stage: str  # checkpoint, a key of records.STAGE_MADE_BY
     inputs: str = 'both'  # 'vit' or 'both': latent and ViT
     kind: str = (
         'trace'  # 'trace': answers inside <answer>…</answer>; 'direct': the text is the answer

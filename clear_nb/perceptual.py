@@ -33,7 +33,7 @@ from scipy.io import savemat
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import PATHS, EvalParams, Preset, file_hash, rng
+from .core import PATHS, file_hash, rng
 from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
 from .decode import Noise, decode_text, prefill
 from .degrade import CORRUPTIONS, UnchangedWarning
@@ -41,6 +41,7 @@ from .generate import Sampling, stop_and_ban, token_budget
 from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
+from .presets import EvalParams, Preset
 from clear_nb.report import (
     UNKNOWN,
     Estimate,

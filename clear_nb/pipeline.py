@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['NOTEBOOK_ORDER', 'SUMMARY_NOTEBOOKS', 'FULL_CHAIN_ONLY', 'SEEDS', 'NBS', 'FOLDERS', 'library_notebooks',
            'earlier_notebooks', 'notebook_path', 'notebook_parameters', 'check_parameters', 'stale_exports',
-           'check_export', 'notebook_code', 'reached_modules', 'notebook_inputs', 'stamp', 'NotebookFailed',
-           'output_path', 'up_to_date', 'run', 'steps', 'run_seeds', 'run_steps', 'run_all', 'readme_text',
-           'write_readme', 'main']
+           'check_export', 'notebook_inputs', 'stamp', 'reasons_to_run', 'output_path', 'bars_at_this_terminal',
+           'NotebookFailed', 'run', 'steps', 'run_steps', 'run_seeds', 'run_all', 'main']
 
 # %% ../nbs/study/pipeline.ipynb #58a6e562
 import argparse
-import ast
-import hashlib
 import json
 import os
-import posixpath
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -31,18 +29,16 @@ import papermill as pm
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from clear_nb.core import (
-    PATHS,
-    ROOT,
+from .core import BARS_VARIABLE, PATHS, ROOT, atomic_path, file_hash, suggest
+from .identity import differences, made_from
+from .presets import load_preset
+from .readme import write_readme
+from clear_nb.records import (
     STAGE_MADE_BY,
     STAGE_PARAMETERS,
-    atomic_path,
-    file_hash,
-    load_preset,
     record_name,
     results_dir,
     stage_folder,
-    suggest,
 )
 
 # %% ../nbs/study/pipeline.ipynb #2ac7adbb
@@ -62,8 +58,10 @@ SUMMARY_NOTEBOOKS = {'07_tables', '08_figures'}  # run once, after the last seed
 FULL_CHAIN_ONLY = {
     '05_gallery': {},
     '06_ablations': dict(most=0),
-}  # only in the full chain, for its first seed, with these values
+}  # for the first seed of the full chain, with these values
 SEEDS = range(5)  # of the full chain
+
+# %% ../nbs/study/pipeline.ipynb #2c170746
 NBS = ROOT / 'nbs'
 FOLDERS = ('method', 'world', 'stages', 'bench', 'study')  # chapters of the library
 
@@ -73,10 +71,8 @@ def library_notebooks(nbs: Path = NBS) -> list[Path]:
     return [p for folder in FOLDERS for p in sorted((nbs / folder).glob('*.ipynb'))]
 
 
-def earlier_notebooks(
-    notebook: str,  # name
-) -> list[str]:  # stages whose products `notebook` may read
-    "The stages before a notebook; a notebook outside the list (09) takes its place by number."
+def earlier_notebooks(notebook: str) -> list[str]:  # names
+    "List the stages before a notebook. One outside the list, such as 09, is placed by its number."
     return [s for s in NOTEBOOK_ORDER if s < notebook]
 
 # %% ../nbs/study/pipeline.ipynb #126baa44
@@ -84,167 +80,189 @@ def notebook_path(
     notebook: str | Path,  # name such as '03_grpo', or the path of an .ipynb file
     folder: Path = NBS,  # where names are looked up
 ) -> Path:
-    "ValueError naming the closest notebooks when there is none of that name."
+    "Find a notebook. ValueError with the closest names when there is none of that name."
     path = Path(notebook) if str(notebook).endswith('.ipynb') else folder / f'{notebook}.ipynb'
     if path.is_file():
         return path.resolve()
-    raise ValueError(
-        f'no notebook {path}: {suggest(path.stem, [p.stem for p in path.parent.glob("*.ipynb")])}'
-    )
+    known = [p.stem for p in path.parent.glob('*.ipynb')]
+    raise ValueError(f'no notebook {path}: {suggest(path.stem, known)}')
 
 # %% ../nbs/study/pipeline.ipynb #0c113330
 def notebook_parameters(path: Path) -> dict[str, str]:  # name to the text of its default
-    "Names a notebook accepts; ValueError unless exactly one cell is tagged `parameters`."
+    "Read the names a notebook accepts. ValueError unless one cell is tagged `parameters`."
     cells = [c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', [])]
     if len(cells) != 1:
         raise ValueError(
-            f'{path.name} has {len(cells)} cells tagged `parameters`, needs one: papermill would ignore the values passed'
+            f'{path.name} has {len(cells)} cells tagged `parameters`, needs one: '
+            'papermill would ignore the values passed'
         )
     return {k: v['default'] for k, v in pm.inspect_notebook(str(path)).items()}
 
 
-def check_parameters(path: Path, given) -> None:
-    "ValueError when a given name is not a parameter of the notebook."
+def check_parameters(path: Path, given) -> None:  # given: names
+    "Raise ValueError when a given name is not a parameter of the notebook."
     known = notebook_parameters(path)
     for name in given:
         if name not in known:
             raise ValueError(f'{path.name} has no parameter {name!r}: {suggest(name, known)}')
 
 # %% ../nbs/study/pipeline.ipynb #f6545a08
-def _module_text(path: Path) -> str:  # without the lines that name the notebook
-    return (
-        re.sub(r'^# (%%|AUTOGENERATED).*$', '', path.read_text(), flags=re.M)
-        if path.exists()
-        else ''
-    )
+def _module_text(path: Path) -> str:
+    "Read a module without the lines that name its notebook; empty when there is none."
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    return re.sub(r'^# (%%|AUTOGENERATED).*$', '', text, flags=re.M)
 
 
 def stale_exports(nbs: Path = NBS, package: Path = PATHS.package) -> list[str]:  # notebook names
-    "Library notebooks whose export differs from the package."
+    "List the library notebooks whose export differs from the package."
     from nbdev.export import nb_export
 
+    stale = []
     with tempfile.TemporaryDirectory() as folder:
-
-        def differs(nb):
-            fresh = Path(folder) / nb.stem / package.name
-            nb_export(nb, lib_path=fresh)
-            return any(
-                _module_text(p) != _module_text(package / p.relative_to(fresh))
-                for p in fresh.rglob('*.py')
-            )
-
-        return [nb.stem for nb in library_notebooks(nbs) if differs(nb)]
+        for notebook in library_notebooks(nbs):
+            fresh = Path(folder) / notebook.stem / package.name
+            nb_export(notebook, lib_path=fresh)
+            pairs = [(p, package / p.relative_to(fresh)) for p in fresh.rglob('*.py')]
+            if any(_module_text(a) != _module_text(b) for a, b in pairs):
+                stale.append(notebook.stem)
+    return stale
 
 # %% ../nbs/study/pipeline.ipynb #7258a60b
 @lru_cache
-def _stale(key: str) -> tuple[str, ...]:
+def _stale(hashes: tuple) -> tuple[str, ...]:  # hashes: of all notebooks and modules
     return tuple(stale_exports())
 
 
 def check_export() -> None:
-    "RuntimeError naming the library notebooks that were edited but not exported; quick when nothing changed."
-    stale = _stale(
-        _hash(
-            *(file_hash(p) for p in library_notebooks()),
-            *sorted(file_hash(p) for p in PATHS.package.glob('*.py')),
-        )
-    )
+    "Raise RuntimeError naming the library notebooks that were edited but not exported."
+    files = [*library_notebooks(), *sorted(PATHS.package.glob('*.py'))]
+    stale = _stale(tuple(map(file_hash, files)))
     if stale:
-        raise RuntimeError(
-            f'clear_nb/ is older than {", ".join(stale)} in nbs: run nbdev_export first'
-        )
-
-
-def _hash(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-# %% ../nbs/study/pipeline.ipynb #8e8e7cc0
-def notebook_code(path: Path) -> str:  # code cells without outputs and magics
-    "What a notebook executes."
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
-    return re.sub(r'^\s*[%!].*$', '', '\n\n'.join(cells), flags=re.M)
-
-# %% ../nbs/study/pipeline.ipynb #146a9561
-def _imports(source: str) -> set[str]:  # modules of clear_nb named by import statements
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom):
-            base = '.'.join(filter(None, ['clear_nb' if node.level else '', node.module]))
-            names |= {base, *(f'{base}.{a.name}' for a in node.names)}
-    found = {n.split('.')[1] for n in names if n.startswith('clear_nb.')}
-    return {n for n in found if (PATHS.package / f'{n}.py').exists()}
-
-# %% ../nbs/study/pipeline.ipynb #42e85b42
-def reached_modules(source: str) -> list[str]:  # sorted names
-    "Modules of the package that a source reaches, directly or through others."
-    seen, todo = set(), _imports(source)
-    while todo:
-        seen |= todo
-        todo = {
-            m for name in todo for m in _imports((PATHS.package / f'{name}.py').read_text())
-        } - seen
-    return sorted(seen)
+        names = ', '.join(stale)
+        raise RuntimeError(f'clear_nb/ is older than {names} in nbs: run nbdev_export first')
 
 # %% ../nbs/study/pipeline.ipynb #6fd94677
 def notebook_inputs(
     notebook: str,  # name
     preset: str,
-    seed: int | None,
+    seed: int | None,  # None: a summary notebook
 ) -> list[Path]:  # that exist
-    "Products a notebook may read: weights of earlier stages and shipped ones; records for the summary notebooks."
+    "List what a notebook may read: weights of earlier stages, or all records for a summary."
     if seed is None:
         return sorted(results_dir(preset).glob('[!.]*.json'))
-    names = [n for n, by in STAGE_MADE_BY.items() if by in earlier_notebooks(notebook)]
-    found = [
-        p for n in names for p in (stage_folder(preset, seed, n), PATHS.checkpoints / preset / n)
-    ]
-    return [p for p in found if p.exists()]
+    earlier = earlier_notebooks(notebook)
+    stages = [stage for stage, by in STAGE_MADE_BY.items() if by in earlier]
+    own = [stage_folder(preset, seed, stage) for stage in stages]
+    shipped = [PATHS.checkpoints / preset / stage for stage in stages]
+    return [p for p in (*own, *shipped) if p.exists()]
 
 # %% ../nbs/study/pipeline.ipynb #4d998030
-def stamp(path: Path, preset: str, seed: int | None, params: dict) -> str:
-    "One hash of everything that decides a notebook's result."
-    source, values = (
-        notebook_code(path),
-        {k: v for k, v in asdict(load_preset(preset)).items() if k != 'name'},
+def stamp(path: Path, preset: str, seed: int | None, parameters: dict) -> dict:
+    "Write down the identity of a notebook's run: code, numbers and the products that it reads."
+    values = {k: v for k, v in asdict(load_preset(preset)).items() if k != 'name'}
+    acting = dict(values, preset=preset, seed=seed, parameters=parameters)
+    read = notebook_inputs(path.stem, preset, seed)
+    inputs = {p.relative_to(ROOT).as_posix(): p for p in read}
+    return made_from(path, params=acting, inputs=inputs)
+
+# %% ../nbs/study/pipeline.ipynb #88f4beff
+def _read_stamp(out: Path) -> tuple:  # stamp (a dict), reasons to run (a list of texts)
+    "Read the stamp of an executed notebook."
+    file = out.with_suffix('.stamp.json')
+    if not (out.is_file() and file.is_file()):
+        return {}, ['it has not finished yet']
+    try:
+        return json.loads(file.read_text(encoding='utf-8')), []
+    except ValueError as e:
+        return {}, [f'{file.name} is damaged ({e}): its notebook runs again']
+
+
+def reasons_to_run(
+    out: Path,  # executed notebook
+    made: dict,  # identity that a run would have now
+) -> list[str]:  # empty: up to date
+    "Say why a notebook has to run: another identity, or a product that is gone or altered."
+    old, reasons = _read_stamp(out)
+    if reasons:
+        return reasons
+    reasons = differences(old.get('made'), made)
+    for name, made_hash in dict(old.get('products') or {}).items():
+        product = out.parent / name
+        if not product.exists():
+            reasons.append(f'{name} is gone')
+        elif file_hash(product) != made_hash:
+            reasons.append(f'{name} was altered')
+    return reasons
+
+# %% ../nbs/study/pipeline.ipynb #c78fe7f6
+def output_path(notebook: str, preset: str, seed: int | None, variant: str = '') -> Path:
+    "Return where an executed notebook is kept."
+    folder = PATHS.runs / preset / ('' if seed is None else f'seed{seed}')
+    return folder / f'{notebook}{"-" + variant if variant else ""}.ipynb'
+
+# %% ../nbs/study/pipeline.ipynb #90408c20
+def _figures(preset: str, since: float) -> list[Path]:  # since: seconds, as of time.time()
+    "List the figures and tables of a preset that were written since a moment."
+    files = sorted((PATHS.figures / preset).glob('*'))
+    return [p for p in files if p.is_file() and p.stat().st_mtime >= since]
+
+
+def _stages_and_records(notebook: str, preset: str, seed: int, variant: str) -> list[Path]:
+    "List the weights and records of one run of a notebook."
+    stages = [n for n, by in STAGE_MADE_BY.items() if by == notebook]
+    variants = {n: STAGE_PARAMETERS.get(n, {}).get('variant', '') for n in stages}
+    weights = [stage_folder(preset, seed, n) for n, v in variants.items() if v == variant]
+    if variant:
+        records = [results_dir(preset) / record_name(notebook, seed, variant)]
+    else:
+        others = {record_name(notebook, seed, v) for v in variants.values() if v}
+        found = sorted(results_dir(preset).glob(f'{notebook}*-seed{seed}.json'))
+        records = [p for p in found if p.name not in others]
+    return [p for p in (*weights, *records) if p.exists()]
+
+# %% ../nbs/study/pipeline.ipynb #e69d9fe2
+def _products(
+    out: Path,  # executed notebook
+    notebook: str,
+    preset: str,
+    seed: int | None,  # None: a summary notebook
+    variant: str = '',
+    since: float = 0.0,  # when the notebook started
+) -> list[str]:  # paths relative to the output's folder
+    "List what one run of a notebook has made."
+    made = (
+        _figures(preset, since)
+        if seed is None
+        else _stages_and_records(notebook, preset, seed, variant)
     )
-    sources = [file_hash(PATHS.package / f'{m}.py') for m in reached_modules(source)]
-    data = PATHS.package / 'data'
-    read = [
-        (p.relative_to(ROOT).as_posix(), file_hash(p))
-        for p in notebook_inputs(path.stem, preset, seed)
-    ]
-    return _hash(
-        source,
-        sources,
-        file_hash(data) if data.exists() else '',
-        values,
-        preset,
-        seed,
-        params,
-        read,
-    )
+    return [os.path.relpath(p, out.parent) for p in made]
+
+# %% ../nbs/study/pipeline.ipynb #50629b2a
+@contextmanager
+def bars_at_this_terminal() -> Iterator[None]:
+    "Let kernels that start inside the block show progress bars where this process is watched."
+    before = {k: os.environ.pop(k, None) for k in ('JPY_SESSION_NAME', BARS_VARIABLE)}
+    if sys.stderr.isatty():
+        os.environ[BARS_VARIABLE] = os.ttyname(sys.stderr.fileno())
+    try:
+        yield
+    finally:
+        os.environ.pop(BARS_VARIABLE, None)
+        os.environ.update({k: v for k, v in before.items() if v is not None})
 
 # %% ../nbs/study/pipeline.ipynb #84eb08ba
 class NotebookFailed(RuntimeError):
-    "A notebook stopped; the message names it, the error and the partial output."
+    "A notebook that stopped; the message names it, the error and the partial output."
 
 
 def _execute(path: Path, out: Path, params: dict) -> None:
+    "Run a notebook to its end. NotebookFailed when a cell fails or the kernel dies."
     partial = out.with_name(f'{out.stem}.partial.ipynb')
+    how = dict(kernel_name='python3', language='python', cwd=str(path.parent))
+    shown = dict(progress_bar=sys.stderr.isatty(), stdout_file=sys.stdout, stderr_file=sys.stderr)
     try:
-        pm.execute_notebook(
-            str(path),
-            str(partial),
-            params,
-            kernel_name='python3',
-            language='python',
-            cwd=str(path.parent),
-            progress_bar=True,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+        with bars_at_this_terminal():
+            pm.execute_notebook(str(path), str(partial), params, **how, **shown)
     except PapermillExecutionError as e:
         error = f'cell {e.cell_index}: {e.ename}: {e.evalue}'
     except (DeadKernelError, CellTimeoutError) as e:
@@ -253,300 +271,179 @@ def _execute(path: Path, out: Path, params: dict) -> None:
         return os.replace(partial, out)
     raise NotebookFailed(f'{path.stem} failed in {error}\npartial output: {partial}') from None
 
-# %% ../nbs/study/pipeline.ipynb #c78fe7f6
-def output_path(notebook: str, preset: str, seed: int | None, variant: str = '') -> Path:
-    "Where an executed notebook goes."
-    folder = PATHS.runs / preset / ('' if seed is None else f'seed{seed}')
-    return folder / f'{notebook}{"-" + variant if variant else ""}.ipynb'
-
-# %% ../nbs/study/pipeline.ipynb #27d06b08
-def up_to_date(out: Path, key: str) -> bool:
-    "Does `out` stand for exactly these inputs, and are the folders, records and figures it made still there, and still the same?"
-    file = out.with_suffix('.stamp.json')
-    if not (out.is_file() and file.is_file()):
-        return False
-    try:
-        old = json.loads(file.read_text())
-    except ValueError as e:
-        return bool(print(f'{file.name} is damaged ({e}): its notebook runs again'))
-    same = lambda p, made: (out.parent / p).exists() and file_hash(out.parent / p) == made
-    return (
-        old['key'] == key
-        and isinstance(old['products'], dict)
-        and all(same(*x) for x in old['products'].items())
-    )
-
-# %% ../nbs/study/pipeline.ipynb #90408c20
-def _products(
-    out: Path, notebook: str, preset: str, seed: int | None, variant: str = '', since: float = 0.0
-) -> list[str]:  # relative to the output; since: when the notebook started
-    if seed is None:
-        return [
-            os.path.relpath(p, out.parent)
-            for p in sorted((PATHS.figures / preset).glob('*'))
-            if p.is_file() and p.stat().st_mtime >= since
-        ]
-    kind = {
-        n: STAGE_PARAMETERS.get(n, {}).get('variant', '')
-        for n, by in STAGE_MADE_BY.items()
-        if by == notebook
-    }
-    own = [stage_folder(preset, seed, n) for n, v in kind.items() if v == variant]
-    others = {record_name(notebook, seed, v) for v in kind.values() if v not in ('', variant)}
-    records = [
-        p for p in results_dir(preset).glob(f'{notebook}*-seed{seed}.json') if p.name not in others
-    ]
-    if variant:
-        records = [p for p in records if p.name == record_name(notebook, seed, variant)]
-    return [os.path.relpath(p, out.parent) for p in [*own, *records] if p.exists()]
-
 # %% ../nbs/study/pipeline.ipynb #8d9e2189
 def run(
     notebook: str | Path,  # name such as '03_grpo', or the path of an .ipynb file
     preset: str,  # 'smoke', 'tiny', …
     seed: int | None = 0,  # None for notebooks that read the records of all seeds
-    out: Path
-    | None = None,  # executed notebook; runs/<preset>/seed<k>/<notebook>.ipynb when not given
+    out: Path | None = None,  # executed notebook; `output_path` when not given
     force: bool = False,  # run even when up to date
     **params,  # further values for the parameters cell
 ) -> Path:  # executed notebook
-    "Run a notebook strictly; ValueError on bad names, RuntimeError on a stale export, NotebookFailed on an error inside."
-    path = notebook_path(notebook)
+    "Run a notebook unless it is up to date. ValueError on bad names, RuntimeError on a failure."
+    path, variant = notebook_path(notebook), params.get('variant', '')
     given = dict(params, preset=preset, **({} if seed is None else {'seed': seed}))
     check_parameters(path, given)
     check_export()
-    out = Path(out or output_path(path.stem, preset, seed, params.get('variant', '')))
-    key, mark = stamp(path, preset, seed, params), out.with_suffix('.stamp.json')
-    if up_to_date(out, key) and not force:
+    out = Path(out or output_path(path.stem, preset, seed, variant))
+    made, seal = stamp(path, preset, seed, params), out.with_suffix('.stamp.json')
+    reasons = reasons_to_run(out, made)
+    if not reasons and not force:
         print(f'{path.stem}: up to date')
         return out
+    if out.is_file():
+        print(f'{path.stem} runs again: {"; ".join(reasons) or "asked for"}', flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    mark.unlink(missing_ok=True)
+    seal.unlink(missing_ok=True)
     start = time.time()
     _execute(path, out, given)
-    made = {
-        p: file_hash(out.parent / p)
-        for p in _products(out, path.stem, preset, seed, params.get('variant', ''), start)
-    }
-    with atomic_path(mark) as tmp:
-        tmp.write_text(json.dumps(dict(key=key, products=made)))
+    names = _products(out, path.stem, preset, seed, variant, start)
+    products = {name: file_hash(out.parent / name) for name in names}
+    with atomic_path(seal) as tmp:
+        tmp.write_text(json.dumps(dict(made=made, products=products), indent=1), encoding='utf-8')
     print(f'{path.stem}: {time.time() - start:.0f} s, {out}')
     return out
 
 # %% ../nbs/study/pipeline.ipynb #ab73c51b
+def _runs_of(notebook: str, first: bool, full: bool) -> list[dict]:  # parameters of each run
+    "List the runs of one notebook for one seed; first: of the chain's seeds."
+    if notebook in FULL_CHAIN_ONLY:
+        return [FULL_CHAIN_ONLY[notebook]] if full and first else []
+    variants = [v for n, v in STAGE_PARAMETERS.items() if STAGE_MADE_BY[n] == notebook]
+    return [{}, *(variants if full else [])]
+
+
 def steps(
     start: str = 'sft',  # 'base' or 'sft'
-    seeds=(0,),  # one run of the training stages each
+    seeds: Sequence[int] = (0,),  # one run of the training stages each
     full: bool = False,  # other parameters and ablations too
 ) -> list[tuple[str, int | None, dict]]:  # notebook, seed and parameters, in order
-    "The notebooks of the chain in the order in which they run, each with its seed and its parameters."
-    stages = [
-        s
-        for s in (NOTEBOOK_ORDER if start == 'base' else NOTEBOOK_ORDER[1:])
-        if full or s not in FULL_CHAIN_ONLY
-    ]
-
-    def extra(s):
-        return (
-            [values for n, values in STAGE_PARAMETERS.items() if STAGE_MADE_BY[n] == s]
-            if full
-            else []
-        )
-
-    def of_stage(s, k):
-        return (
-            []
-            if s in FULL_CHAIN_ONLY and k != seeds[0]
-            else [(s, k, values) for values in (FULL_CHAIN_ONLY.get(s, {}), *extra(s))]
-        )
-
+    "List the notebooks of a chain in the order in which they run."
+    order = NOTEBOOK_ORDER if start == 'base' else NOTEBOOK_ORDER[1:]
     per_seed = [
-        step for k in seeds for s in stages if s not in SUMMARY_NOTEBOOKS for step in of_stage(s, k)
+        (name, seed, values)
+        for seed in seeds
+        for name in order
+        if name not in SUMMARY_NOTEBOOKS
+        for values in _runs_of(name, seed == seeds[0], full)
     ]
-    return per_seed + [(s, None, {}) for s in stages if s in SUMMARY_NOTEBOOKS]
-
-# %% ../nbs/study/pipeline.ipynb #c61f0d22
-def _run_seed(seed: int, arguments: list, preset: str) -> None:  # in a process of its own
-    log = PATHS.runs / preset / f'seed{seed}' / 'pipeline.log'
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f'seed {seed}: see {os.path.relpath(log, ROOT)}', flush=True)
-    with log.open('w') as f:
-        done = subprocess.run(
-            [sys.executable, '-m', 'clear_nb.pipeline', *arguments, '--one', str(seed)],
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=dict(os.environ, OMP_NUM_THREADS='1'),
-        )
-    if done.returncode:
-        raise NotebookFailed(
-            f'seed {seed} failed:\n'
-            + '\n'.join(log.read_text().splitlines()[-5:])
-            + f'\noutput: {log}'
-        )
-
-# %% ../nbs/study/pipeline.ipynb #2c6c8a24
-def run_seeds(
-    preset: str, start: str, seeds, force: bool, full: bool, jobs: int
-) -> None:  # jobs: processes
-    "Everything but the summaries, seeds side by side; NotebookFailed naming the first that failed; after that, or Ctrl-C, no other starts."
-    arguments = [
-        '--preset',
-        preset,
-        '--from',
-        start,
-        *(['--force'] if force else []),
-        *(['--all'] if full else []),
-        '--seed',
-        *map(str, seeds),
-    ]
-    with ThreadPoolExecutor(jobs) as workers:
-        running = [workers.submit(_run_seed, k, arguments, preset) for k in seeds]
-        try:
-            for r in as_completed(running):
-                r.result()
-        finally:
-            workers.shutdown(wait=False, cancel_futures=True)
+    return per_seed + [(name, None, {}) for name in order if name in SUMMARY_NOTEBOOKS]
 
 # %% ../nbs/study/pipeline.ipynb #daea79e8
 def run_steps(todo: list, preset: str, force: bool = False) -> None:  # todo: of `steps`
-    "Run notebooks one after the other, naming each; NotebookFailed at the first that fails, and the rest does not start."
+    "Run notebooks one after the other, naming each. NotebookFailed at the first that fails."
     for i, (notebook, seed, params) in enumerate(todo, 1):
-        about = ', '.join(
-            [
-                notebook,
-                *([] if seed is None else [f'seed {seed}']),
-                *(f'{k} {v}' for k, v in params.items()),
-            ]
-        )
-        print(f'[{i}/{len(todo)}] {about}, preset {preset}', flush=True)
+        seeded = [] if seed is None else [f'seed {seed}']
+        about = [notebook, *seeded, *(f'{k} {v}' for k, v in params.items()), f'preset {preset}']
+        print(f'[{i}/{len(todo)}] {", ".join(about)}', flush=True)
         run(notebook, preset, seed, force=force, **params)
 
+# %% ../nbs/study/pipeline.ipynb #c61f0d22
+def _run_seed(seed: int, arguments: list, preset: str) -> None:
+    "Run the notebooks of one seed in a process of its own. NotebookFailed with its last lines."
+    log = PATHS.runs / preset / f'seed{seed}' / 'pipeline.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f'seed {seed}: see {os.path.relpath(log, ROOT)}', flush=True)
+    command = [sys.executable, '-m', 'clear_nb.pipeline', *arguments, '--one', str(seed)]
+    alone = dict(os.environ, OMP_NUM_THREADS='1')
+    with log.open('w', encoding='utf-8') as f:
+        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=alone)
+    if done.returncode:
+        last = '\n'.join(log.read_text(encoding='utf-8').splitlines()[-5:])
+        raise NotebookFailed(f'seed {seed} failed:\n{last}\noutput: {log}')
 
+# %% ../nbs/study/pipeline.ipynb #2c6c8a24
+def run_seeds(
+    preset: str,
+    start: str,  # 'base' or 'sft'
+    seeds: Sequence[int],
+    force: bool,  # run notebooks that are up to date as well
+    full: bool,
+    jobs: int,  # processes
+) -> None:
+    "Run all but the summaries, seeds side by side. NotebookFailed for the first that failed."
+    arguments = ['--preset', preset, '--from', start]
+    arguments += ['--force'] * force + ['--all'] * full + ['--seed', *map(str, seeds)]
+    with ThreadPoolExecutor(jobs) as workers:
+        running = [workers.submit(_run_seed, k, arguments, preset) for k in seeds]
+        try:
+            for done in as_completed(running):
+                done.result()
+        finally:  # a failure or Ctrl-C: nothing that waits may start
+            workers.shutdown(wait=False, cancel_futures=True)
+
+# %% ../nbs/study/pipeline.ipynb #29516054
 def run_all(
     preset: str,
-    start: str = 'sft',
-    seeds=(0,),
-    force: bool = False,
+    start: str = 'sft',  # 'base' or 'sft'
+    seeds: Sequence[int] = (0,),
+    force: bool = False,  # run notebooks that are up to date as well
     full: bool = False,
-    jobs: int = 1,
-) -> None:  # seeds side by side
-    "Run the chain: every seed, then the summaries, which read the records of all, then the README, which quotes them."
-    todo, _ = steps(start, seeds, full), load_preset(preset)
+    jobs: int = 1,  # seeds side by side
+) -> None:
+    "Run the chain and write the README. ValueError for an unknown preset, before anything runs."
+    load_preset(preset)
+    todo = steps(start, seeds, full)
     if jobs > 1 and len(seeds) > 1:
         run_seeds(preset, start, seeds, force, full, jobs)
-        todo = [s for s in todo if s[1] is None]
+        todo = [step for step in todo if step[1] is None]
     run_steps(todo, preset, force)
     write_readme()
 
-# %% ../nbs/study/pipeline.ipynb #f803f6ca
-def _link(match) -> str:  # one markdown link, relative to nbs/, made relative to the root
-    target = match[1]
-    return (
-        match[0]
-        if re.match(r'[a-z]+:|#', target)
-        else f']({posixpath.normpath(posixpath.join("nbs", target))})'
-    )
-
-
-def _include(match) -> str:  # the comment, then the file it names
-    path = ROOT / match[1]
-    return f'{match[0]}\n\n' + (
-        path.read_text().strip()
-        if path.is_file()
-        else '*Unknown: `make reproduce` has not been run.*'
-    )
-
-
-def _cell_text(cell) -> str:
-    if cell.cell_type == 'markdown':
-        return re.sub(
-            r'<!-- include (\S+) -->', _include, re.sub(r'\]\(([^)\s]+)\)', _link, cell.source)
-        )
-    body = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-    return f'```python\n{body}\n```' if body and not re.match(r'#\|\s*hide', cell.source) else ''
-
-# %% ../nbs/study/pipeline.ipynb #42d52fe0
-def readme_text(index: Path = NBS / 'index.ipynb') -> str:
-    "Text of README.md: the index notebook with links from the root and quoted files filled in."
-    head = '<!-- Written from nbs/index.ipynb by `python -m clear_nb.pipeline --readme`; edit the notebook. -->'
-    return '\n\n'.join([head, *filter(None, map(_cell_text, nbformat.read(index, 4).cells))]) + '\n'
-
-
-def write_readme(path: Path = None) -> Path:  # path: that of the repository when not given
-    "Bring README.md up to date with the index notebook and the newest findings."
-    path = path or ROOT / 'README.md'
-    with atomic_path(path) as tmp:
-        tmp.write_text(readme_text())
-    return path
-
 # %% ../nbs/study/pipeline.ipynb #90b06844
-def _arguments(argv=None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
+    "Build the parser of the command line."
     p = argparse.ArgumentParser(
         prog='python -m clear_nb.pipeline', description='Run the notebooks in order.'
     )
-    p.add_argument('--preset', default='tiny', help='name of a file in params/ (default: tiny)')
-    p.add_argument(
-        '--from',
-        dest='start',
-        choices=['base', 'sft'],
-        default='sft',
-        help='first stage; sft starts from the shipped base model',
-    )
-    p.add_argument(
-        '--seed',
-        type=int,
-        nargs='+',
-        help=f'one run of the training stages per seed (default: 0, with --all: 0 to {SEEDS[-1]})',
-    )
-    p.add_argument(
-        '--all',
-        action='store_true',
-        dest='full',
-        help='every stage and ablation, not only what the main tables need',
-    )
-    p.add_argument(
-        '--jobs', type=int, default=1, help='seeds that run side by side, one thread each'
-    )
-    p.add_argument(
-        '--one',
-        type=int,
-        metavar='SEED',
-        help='only the notebooks of this seed, as part of the chain; no tables and figures',
-    )
-    p.add_argument('--force', action='store_true', help='run notebooks that are up to date as well')
-    p.add_argument(
-        '--readme', action='store_true', help='only write README.md from nbs/index.ipynb'
-    )
-    args = p.parse_args(argv)
+    add = p.add_argument
+    add('--preset', default='tiny', help='name of a file in params/ (default: tiny)')
+    start = 'first stage; sft starts from the shipped base model'
+    add('--from', dest='start', choices=['base', 'sft'], default='sft', help=start)
+    seed = f'one run of the training stages per seed (default: 0, with --all: 0 to {SEEDS[-1]})'
+    add('--seed', type=int, nargs='+', help=seed)
+    full = 'every stage and ablation, not only what the main tables need'
+    add('--all', action='store_true', dest='full', help=full)
+    add('--jobs', type=int, default=1, help='seeds that run side by side, one thread each')
+    one = 'only the notebooks of this seed, as part of the chain; no tables and figures'
+    add('--one', type=int, metavar='SEED', help=one)
+    add('--force', action='store_true', help='run notebooks that are up to date as well')
+    add('--readme', action='store_true', help='only write README.md from nbs/index.ipynb')
+    return p
+
+
+def _arguments(argv=None) -> argparse.Namespace:
+    "Read the command line."
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.jobs < 1:
-        p.error(f'--jobs {args.jobs}: at least 1')
-    return argparse.Namespace(
-        **vars(args) | dict(seed=args.seed or list(SEEDS if args.full else [0]))
-    )
+        parser.error(f'--jobs {args.jobs}: at least 1')
+    args.seed = args.seed or list(SEEDS if args.full else [0])
+    return args
 
 # %% ../nbs/study/pipeline.ipynb #7cbbb24b
+def _run_arguments(args: argparse.Namespace) -> None:
+    "Do what the command line asks for."
+    if args.readme:
+        write_readme()
+    elif args.one is not None:
+        todo = [s for s in steps(args.start, args.seed, args.full) if s[1] == args.one]
+        run_steps(todo, args.preset, args.force)
+    else:
+        run_all(args.preset, args.start, args.seed, args.force, args.full, args.jobs)
+
+
 def main(argv=None) -> int:  # exit status
-    "Entry point; errors that a user can mend are one message, not a traceback."
+    "Run the command line; an error that a user can mend is one message, not a traceback."
     args = _arguments(argv)
     try:
-        if args.readme:
-            write_readme()
-        elif args.one is not None:
-            run_steps(
-                [s for s in steps(args.start, args.seed, args.full) if s[1] == args.one],
-                args.preset,
-                args.force,
-            )
-        else:
-            run_all(args.preset, args.start, args.seed, args.force, args.full, args.jobs)
+        _run_arguments(args)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'\n{e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            '\ninterrupted; the same command goes on after the last finished step', file=sys.stderr
-        )
+        again = 'the same command goes on after the last finished step'
+        print(f'\ninterrupted; {again}', file=sys.stderr)
         return 130
     return 0
 

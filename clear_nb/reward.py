@@ -244,7 +244,7 @@ class RewardWeights:
     @classmethod
     def of(
         cls,
-        cfg,  # core.GrpoParams
+        cfg,  # presets.GrpoParams
     ):
         "Take the weights of a preset."
         return cls(cfg.w_acc, cfg.w_fmt, cfg.w_dec, cfg.w_cost)

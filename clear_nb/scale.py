@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .core import Preset
 from .images import ResizeRule
 from .model import ClearConfig, meta_model, qwen2
 from .mot import Layer, LayerContext, Route
 from .paper import paper_table
+from .presets import Preset
 
 # %% ../nbs/study/scale.ipynb #61f8b544
 def model_part(

@@ -24,7 +24,7 @@ from clear_nb.base import (
     restore_sample,
     vqa_sample,
 )
-from .core import Preset, rng, stage_folder, torch_rng
+from .core import rng, torch_rng
 from clear_nb.data import (
     Example,
     PictureSet,
@@ -45,6 +45,8 @@ from clear_nb.data import (
 )
 from .flow import sample_time
 from .model import ClearModel, freeze
+from .presets import Preset
+from .records import stage_folder
 from .reward import RuleJudge
 from clear_nb.train import (
     accelerator,
@@ -76,7 +78,7 @@ from clear_nb.trajectory import (
 # %% ../nbs/stages/sft.ipynb #3a274123
 def make_examples(
     base: ClearModel, p: PictureSet, seed: int, cfg, batch: int = 128
-) -> tuple:  # cfg: core.SftParams; returns examples, accuracy of the base
+) -> tuple:  # cfg: presets.SftParams; returns examples, accuracy of the base
     "Ask the base model every labelled question (ViT input, as the paper's baseline) and assign pathways"
     pairs = all_pairs(p)
     said = direct_answers(base, p, pairs, 'vit', batch, progress='pathways')
@@ -173,7 +175,7 @@ def sft_row(
     group: list,
     g: np.random.Generator,
     t: torch.Generator,
-    cfg,  # cfg: core.SftParams
+    cfg,  # cfg: presets.SftParams
     inputs: str = 'both',
     own: dict = None,
     share: float = 0.0,

@@ -38,8 +38,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .core import TrainParams, atomic_path, load_preset, torch_rng
+from .core import atomic_path, torch_rng
 from .model import materialise, meta_model
+from .presets import TrainParams, load_preset
 
 # %% ../nbs/stages/train.ipynb #da6fb8f7
 def lr_at(

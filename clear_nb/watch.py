@@ -19,11 +19,12 @@ from jinja2 import Environment
 from PIL import Image
 
 from . import scenes
-from .core import GrpoParams, Preset, atomic_path, rng
+from .core import atomic_path, rng
 from .data import Item, PictureSet, corrupt, make_picture_set, prompts
 from .decode import Noise
 from .generate import Sampling, generate
 from .model import ClearModel
+from .presets import GrpoParams, Preset
 from .report import bootstrap_average
 from .restore import decode_pixels
 from .reward import Reward, RewardWeights, score_rollout

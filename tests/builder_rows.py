@@ -288,7 +288,7 @@ if __name__ == '__main__':  # a build in a process of its own; prints accounts a
 
     from clear_nb.adapters import open_adapter
     from clear_nb.builder import build_training
-    from clear_nb.core import peak_memory
+    from clear_nb.records import peak_memory
     from clear_nb.server import Server
     from clear_nb.sources import BuildRecipe, open_folder
 

@@ -4,7 +4,6 @@ from unittest.mock import patch
 
 from clear_nb import bridge, grpo, sft
 from clear_nb.base import new_model
-from clear_nb.core import load_preset
 from clear_nb.data import (
     all_pairs,
     assign_pathways,
@@ -12,6 +11,7 @@ from clear_nb.data import (
     make_picture_set,
     restore_pictures,
 )
+from clear_nb.presets import load_preset
 from clear_nb.reward import Reward
 from clear_nb.trajectory import TextSegment
 

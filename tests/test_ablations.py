@@ -16,8 +16,10 @@ import pytest
 from clear_nb import ablations as ab
 from clear_nb import mmd_bench
 from clear_nb.base import new_model
-from clear_nb.core import PATHS, ROOT, load_preset, read_records, stage_folder
+from clear_nb.core import PATHS, ROOT
 from clear_nb.data import labelled_items
+from clear_nb.presets import load_preset
+from clear_nb.records import read_records, stage_folder
 
 SMOKE = load_preset('smoke')
 BENCHMARKS = 'mmbench', 'easyvqa'  # two are enough here
@@ -255,7 +257,8 @@ import os, signal, sys
 from pathlib import Path
 from clear_nb import ablations as ab, mmd_bench
 from clear_nb.base import new_model
-from clear_nb.core import PATHS, load_preset
+from clear_nb.core import PATHS
+from clear_nb.presets import load_preset
 home, calls, smoke = Path(sys.argv[1]), [], load_preset('smoke')
 PATHS.runs = home/'runs'
 def load(preset, seed, stage):

@@ -41,7 +41,6 @@ from clear_nb.candidates import (
     read_columns,
     select_questions,
 )
-from clear_nb.core import read_records
 from clear_nb.data import read_manifest
 from clear_nb.judge import LLMJudge, Replies
 from clear_nb.pathways import (
@@ -52,6 +51,7 @@ from clear_nb.pathways import (
     route_questions,
     row_of_candidate,
 )
+from clear_nb.records import read_records
 from clear_nb.report import table8
 from clear_nb.reward import rule_says_right
 from clear_nb.rows import BenchmarkRow
@@ -760,9 +760,10 @@ def test_written_by_datasets(tmp_path):
 def test_rows_train(built, tmp_path, monkeypatch):
     """A finished build feeds all three stages, by the commands that run them at 7B."""
     from clear_nb import bridge, grpo, sft
-    from clear_nb.core import PATHS, ROOT, load_preset
+    from clear_nb.core import PATHS, ROOT
     from clear_nb.data import open_training
     from clear_nb.model import ClearModel
+    from clear_nb.presets import load_preset
 
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     seen = []

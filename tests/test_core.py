@@ -1,4 +1,4 @@
-"""Paths, generators, atomic files, presets and records."""
+"""Core, presets and records: paths, generators, atomic files, bars, numbers of a run and what it leaves."""
 
 import json
 import os
@@ -10,20 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from clear_nb import core
-from clear_nb.core import (
-    ROOT,
+from clear_nb import core, presets, records
+from clear_nb.core import ROOT, atomic_path, file_hash, rng, torch_rng
+from clear_nb.presets import load_preset
+from clear_nb.records import (
     Clock,
-    atomic_path,
-    file_hash,
     find_stage,
     git_state,
-    load_preset,
     make_record,
     read_records,
     results_dir,
-    rng,
-    torch_rng,
     write_record,
 )
 
@@ -301,7 +297,7 @@ def test_smoke_records_stay_out_of_git():
 
 def test_git_state(tmp_path, monkeypatch):
     """Commit and dirty flag; results do not count as changes; 'unknown' without git."""
-    monkeypatch.setattr(core, 'ROOT', tmp_path)
+    monkeypatch.setattr(records, 'ROOT', tmp_path)
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     assert git_state() == dict(commit='unknown', dirty='unknown')
     git = lambda *a: subprocess.run(
@@ -414,14 +410,14 @@ def test_make_record_is_json():
 )
 def test_settings_of_a_command_line(text, value):
     """Numbers, truth values and null; everything else is the text."""
-    got = core.read_settings([f'a={text}', f'b.c={text}'])
+    got = presets.read_settings([f'a={text}', f'b.c={text}'])
     assert got == dict(a=value, b=dict(c=value)) and type(got['a']) is type(value)
 
 
 def test_settings_that_cannot_be_read():
     for bad in (['a'], ['a=1', 'a.b=2']):
         with pytest.raises(ValueError, match='cannot read'):
-            core.read_settings(bad)
+            presets.read_settings(bad)
 
 
 def test_unfinished_records_are_not_read(tmp_path):
@@ -442,3 +438,50 @@ def test_shipped_stages_are_those_of_one_seed(tmp_path, monkeypatch):
         FileNotFoundError, match="'sft' for preset 'tiny', seed 3: run notebook 01_sft"
     ):
         find_stage('tiny', 3, 'sft')
+
+
+@pytest.fixture
+def unwatched(monkeypatch):
+    """Neither a terminal, nor JupyterLab, nor the pipeline."""
+    for name in ('JPY_SESSION_NAME', core.BARS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_bars_are_silent_where_nobody_watches(unwatched, capfd):
+    """Values pass, nothing is written, and a damaged name of a terminal is no error."""
+    for name in (None, '', 'gone', __file__):
+        if name is not None:
+            unwatched.setenv(core.BARS_VARIABLE, name)
+        assert list(core.progress_bar(range(3), 'bar')) == [0, 1, 2] and not core.bars_are_shown()
+    assert ''.join(capfd.readouterr()) == ''
+
+
+def test_bars_in_jupyterlab(unwatched, capfd):
+    """A kernel of JupyterLab shows bars, unless the caller wants none."""
+    unwatched.setenv('JPY_SESSION_NAME', 'x.ipynb')
+    assert core.bars_are_shown()
+    list(core.progress_bar(range(3), 'silent', show=False))
+    list(core.progress_bar(range(3), 'shown'))
+    seen = capfd.readouterr().err
+    assert 'shown: 100%' in seen and 'silent' not in seen
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 2**16)
+    except BlockingIOError:
+        return b''
+
+
+def test_bars_at_the_terminal_of_the_pipeline(unwatched, capfd):
+    """The bar goes to the named terminal and not to standard error."""
+    ours, terminal = os.openpty()
+    unwatched.setenv(core.BARS_VARIABLE, os.ttyname(terminal))
+    assert list(core.progress_bar(range(3), 'far')) == [0, 1, 2] and core.bars_are_shown()
+    os.set_blocking(ours, False)
+    seen = b''.join(iter(lambda: _read(ours), b''))
+    assert b'far: 100%' in seen and capfd.readouterr().err == ''
+    core._open_terminal(os.ttyname(terminal)).close()
+    core._open_terminal.cache_clear()
+    os.close(ours), os.close(terminal)

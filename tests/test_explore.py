@@ -36,7 +36,7 @@ from clear_nb.attention import (
     token_texts,
 )
 from clear_nb.base import new_model
-from clear_nb.core import PATHS, ROOT, load_preset, rng
+from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.degrade import CORRUPTIONS
 from clear_nb.explore import (
     PHOTO,
@@ -54,6 +54,7 @@ from clear_nb.flow import clean_estimate
 from clear_nb.grpo import rollout_segments, state_at
 from clear_nb.model import ClearModel
 from clear_nb.panel import Panel, make_panel, token_choices
+from clear_nb.presets import load_preset
 from clear_nb.trajectory import pack
 from clear_nb.vae import unpatchify
 

@@ -43,17 +43,20 @@ from test_pipeline import HEAD, house, notebook, text  # noqa: F401 (a fixture)
 from test_resume import flip, train
 from test_train import toy
 
-from clear_nb import bench, core, grpo, pipeline
+from clear_nb import bench, core, grpo, pipeline, records
 from clear_nb import bench_files as bf
 from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
 from clear_nb.builder import build_summary, build_training
 from clear_nb.candidates import candidate_files, read_columns
-from clear_nb.core import PATHS, ROOT, find_stage, load_preset, read_records, write_record
+from clear_nb.core import PATHS, ROOT
 from clear_nb.data import labelled_items, make_picture_set, open_training, read_manifest
+from clear_nb.identity import made_from
 from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge, judge_many
 from clear_nb.model import ClearModel, export_bagel
+from clear_nb.presets import load_preset
+from clear_nb.records import find_stage, read_records, write_record
 from clear_nb.reward import AnswerScore, Outage, Unparsable
 from clear_nb.server import Server
 from clear_nb.sources import BuildRecipe, open_folder
@@ -787,7 +790,7 @@ def checkpoint_kill(s):
     for name in ('runs', 'checkpoints'):
         s.patch.setattr(PATHS, name, s.tmp / name)
     old, new = tiny_model(5), tiny_model(6)
-    folders = [core.stage_folder('tiny', k, 'sft') for k in range(2)]
+    folders = [records.stage_folder('tiny', k, 'sft') for k in range(2)]
     old.save_pretrained(folders[0])
 
     def run(folder):
@@ -1526,12 +1529,12 @@ def export_stale(s):
 def stamp_cut(s):
     out = s.tmp / '01_sft.ipynb'
     out.write_text('{}')
-    out.with_suffix('.stamp.json').write_text('{"key": "k", "pro')
-    assert not pipeline.up_to_date(out, 'k')
-    yield s.printed()
+    out.with_suffix('.stamp.json').write_text('{"made": {"code')
+    made = made_from('core', params=dict(k=1))
+    yield ' '.join(pipeline.reasons_to_run(out, made))
     assert out.read_text() == '{}'
-    out.with_suffix('.stamp.json').write_text('{"key": "k", "products": {}}')
-    assert pipeline.up_to_date(out, 'k')
+    out.with_suffix('.stamp.json').write_text(json.dumps(dict(made=made, products={})))
+    assert pipeline.reasons_to_run(out, made) == []
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ import clear_nb.decode
 import clear_nb.generate
 from clear_nb import flow, grpo
 from clear_nb.base import new_model
-from clear_nb.core import load_preset, torch_rng
+from clear_nb.core import torch_rng
 from clear_nb.data import all_pairs, encode_text, labelled_items, make_picture_set, prompts
 from clear_nb.decode import Noise
 from clear_nb.generate import generate
@@ -47,6 +47,7 @@ from clear_nb.grpo import (
 from clear_nb.judge import OPTION_TASK, LLMJudge
 from clear_nb.model import freeze
 from clear_nb.mot import KVCache
+from clear_nb.presets import load_preset
 from clear_nb.reward import AnswerScore, Outage
 from clear_nb.server import Refused
 from clear_nb.train import accelerator, fit, optimizer

@@ -14,9 +14,11 @@ from stage_toys import smoke, train, world
 
 from clear_nb import base, bridge, grpo, sft
 from clear_nb import train as loop
-from clear_nb.core import PATHS, find_stage, load_preset
+from clear_nb.core import PATHS
 from clear_nb.model import ClearModel, export_bagel
 from clear_nb.mot import MotDecoder
+from clear_nb.presets import load_preset
+from clear_nb.records import find_stage
 from clear_nb.train import (
     accelerator,
     add_lora,

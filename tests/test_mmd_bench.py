@@ -10,7 +10,9 @@ import torch
 from clear_nb import bench_files, decode, degrade, generate, scenes, variants
 from clear_nb import mmd_bench as mb
 from clear_nb.base import new_model
-from clear_nb.core import load_preset, read_records, rng
+from clear_nb.core import rng
+from clear_nb.presets import load_preset
+from clear_nb.records import read_records
 from clear_nb.report import scores_frame, table1, table2, trigger_rates
 from clear_nb.reward import rule_says_right
 from clear_nb.scoring import score_reply

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clear_nb.core import load_preset, rng, torch_rng
+from clear_nb.core import rng, torch_rng
 from clear_nb.decode import prefill
 from clear_nb.model import ClearConfig, ClearModel, cache_layout, freeze, init_weights, meta_model
 from clear_nb.mot import SPLIT_CAUSAL, SPLIT_FULL, SPLIT_NOISE, KVCache, visible, visible_naive
+from clear_nb.presets import load_preset
 from clear_nb.trajectory import (
     TAGS,
     Gap,

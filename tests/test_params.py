@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from clear_nb.core import PATHS, ROOT, load_preset, preset_names
-from clear_nb.pipeline import SUMMARY_NOTEBOOKS, notebook_code, notebook_parameters
+from clear_nb.core import PATHS, ROOT
+from clear_nb.identity import notebook_code
+from clear_nb.pipeline import SUMMARY_NOTEBOOKS, notebook_parameters
+from clear_nb.presets import load_preset, preset_names
 
 PIPELINE = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
 FOR_PEOPLE = {'09_explore'}  # opens the shipped model, which takes seconds as well

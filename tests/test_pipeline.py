@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import nbformat
@@ -13,18 +14,17 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from processes import python
 
-from clear_nb import pipeline
+from clear_nb import pipeline, readme
 from clear_nb.core import PATHS, ROOT
+from clear_nb.identity import differences, identity_key, reached_modules
 from clear_nb.pipeline import (
     NotebookFailed,
     main,
-    reached_modules,
+    reasons_to_run,
     run,
-    run_all,
     stale_exports,
     stamp,
     steps,
-    up_to_date,
 )
 
 CHAIN = steps('base', full=True)
@@ -57,6 +57,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(PATHS, 'checkpoints', tmp_path / 'shipped')
     monkeypatch.setattr(PATHS, 'figures', tmp_path / 'figures')
     monkeypatch.setattr(pipeline, 'ROOT', tmp_path)
+    monkeypatch.setattr(readme, 'ROOT', tmp_path)
     find = pipeline.notebook_path
     monkeypatch.setattr(pipeline, 'notebook_path', lambda n: find(n, tmp_path / 'nbs'))
     monkeypatch.setattr(pipeline, 'NOTEBOOK_ORDER', ['01_sft', '02_bridge', '07_tables'])
@@ -143,13 +144,23 @@ def test_up_to_date(house, capfd):
         run('01_sft', 'smoke', **k)
         return out.stat().st_mtime_ns > before
 
+    def edit(more):
+        nb = nbformat.read(path, 4)
+        nb.cells[1].source += more
+        nbformat.write(nb, path)
+
     assert not ran() and ran(steps=3) and ran() and ran(force=True)
-    nb = nbformat.read(path, 4)
-    nb.cells[1].source += ' # changed'
-    nbformat.write(nb, path)
+    edit(' # a comment')
+    assert not ran()
+    capfd.readouterr()
+    edit('\nprint(1)')
     assert ran() and not ran()
+    assert '01_sft runs again: other code in 01_sft.ipynb\n' in capfd.readouterr().out
+    assert ran(steps=4) and ran(steps=5)
+    assert '01_sft runs again: parameters.steps: 4 there, 5 here\n' in capfd.readouterr().out
+    run('01_sft', 'smoke', steps=5)
     out.unlink()
-    run('01_sft', 'smoke')
+    run('01_sft', 'smoke', steps=5)
     assert out.exists() and '01_sft: up to date' in capfd.readouterr().out
 
 
@@ -170,7 +181,9 @@ def test_stamp_covers_what_goes_in(house):
         model.mkdir(parents=True, exist_ok=True)
         (model / 'w').write_text(weights)
         others.append(stamp(path, 'smoke', 0, {}))
-    assert len({first, *others}) == 1 + len(others)
+    assert len({identity_key(made) for made in (first, *others)}) == 1 + len(others)
+    assert differences(*others[-2:]) == ['other content of runs/smoke/seed0/sft']
+    assert differences(first, others[2]) == ['parameters.steps: None there, 3 here']
     (house / 'runs' / 'smoke' / 'seed0' / 'grpo').mkdir(parents=True)
     nb = nbformat.read(path, 4)
     nb.cells[1].outputs = [nbformat.v4.new_output('stream', text='x')]
@@ -183,15 +196,15 @@ def test_missing_product(house):
     code = f"from pathlib import Path\np = Path({str(house)!r})/'runs/smoke/seed0/sft/model'; p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')"
     notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
     out = run('01_sft', 'smoke')
-    key = json.loads(out.with_suffix('.stamp.json').read_text())['key']
-    assert up_to_date(out, key)
+    made = json.loads(out.with_suffix('.stamp.json').read_text())['made']
+    assert reasons_to_run(out, made) == []
     weights = house / 'runs' / 'smoke' / 'seed0' / 'sft' / 'model' / 'w'
     weights.write_text('2')  # of another run
-    assert not up_to_date(out, key)
+    assert reasons_to_run(out, made) == ['sft was altered']
     weights.write_text('1')
-    assert up_to_date(out, key)
+    assert reasons_to_run(out, made) == []
     shutil.rmtree(house / 'runs' / 'smoke' / 'seed0' / 'sft')
-    assert not up_to_date(out, key)
+    assert reasons_to_run(out, made) == ['sft is gone']
 
 
 def test_missing_figure(house, capfd):
@@ -211,6 +224,43 @@ def test_missing_figure(house, capfd):
     capfd.readouterr()
     run('07_tables', 'smoke', None)
     assert '07_tables: up to date' in capfd.readouterr().out
+
+
+WATCHED = """
+import sys
+from pathlib import Path
+from clear_nb import pipeline
+from clear_nb.core import PATHS
+house = Path(sys.argv[1])
+PATHS.runs = house/'runs'; pipeline.check_export = lambda: None
+pipeline.run(house/'nbs'/'01_sft.ipynb', 'smoke')
+"""
+
+
+@pytest.mark.parametrize('watched', [True, False])
+def test_bars_are_seen_and_not_saved(house, watched):
+    """A person at a terminal sees the bars of the notebook; a log and the saved notebook do not hold them."""
+    code = "from clear_nb.core import progress_bar\nfor k in progress_bar(range(3), 'of the kernel'): pass\nprint(k)"
+    notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    command = [sys.executable, '-c', WATCHED, str(house)]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), JPY_SESSION_NAME='of JupyterLab')
+    err = terminal if watched else subprocess.PIPE
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=err, timeout=200
+    )
+    os.set_blocking(ours, False)
+    try:
+        seen = os.read(ours, 2**16).decode()
+    except BlockingIOError:
+        seen = done.stderr.decode()
+    os.close(ours), os.close(terminal)
+    out = house / 'runs' / 'smoke' / 'seed0' / '01_sft.ipynb'
+    assert done.returncode == 0, seen
+    outputs = [o for c in nbformat.read(out, 4).cells for o in c.get('outputs', [])]
+    assert [o['text'].strip() for o in outputs] == ['2']
+    assert ('of the kernel: 100%' in seen, 'Executing' in seen) == (watched, watched), repr(seen)
 
 
 def test_chain_stops_at_a_failure(house, capfd):
@@ -237,12 +287,12 @@ def test_chain_stops_at_a_failure(house, capfd):
 KILLED = """
 import sys
 from pathlib import Path
-from clear_nb import pipeline
+from clear_nb import pipeline, readme
 from clear_nb.core import PATHS
 house = Path(sys.argv[1]); find = pipeline.notebook_path
-PATHS.runs = house/'runs'; pipeline.ROOT = house; pipeline.check_export = lambda: None
+PATHS.runs = house/'runs'; pipeline.ROOT = readme.ROOT = house; pipeline.check_export = lambda: None
 pipeline.notebook_path = lambda n: find(n, house/'nbs')
-pipeline.STAGES = ['00_base', '01_sft', '02_bridge']
+pipeline.NOTEBOOK_ORDER = ['00_base', '01_sft', '02_bridge']
 pipeline.run_all('smoke')
 """
 
@@ -308,8 +358,11 @@ def test_stale_export(tmp_path, monkeypatch):
 
 def test_modules_follow_imports():
     """What a notebook reaches decides whether it is stale; report reaches paper, paper does not reach report."""
-    assert reached_modules('from clear_nb import report as r') == ['core', 'paper', 'report']
     assert reached_modules('def f():\n    from clear_nb.paper import audit') == ['core', 'paper']
+    assert {'core', 'paper', 'report'} <= set(reached_modules('from clear_nb import report as r'))
+    path = PATHS.package / 'report.py'
+    assert 'report' not in reached_modules((PATHS.package / 'paper.py').read_text())
+    assert pipeline.made_from(path)['code'].keys() >= {'report.py', 'core', 'paper'}
 
 
 @pytest.mark.parametrize('start, seeds', [('sft', [0]), ('base', [0, 1])])

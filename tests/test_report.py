@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clear_nb.core import PATHS, ROOT, load_preset, make_record, rng
+from clear_nb.core import PATHS, ROOT, rng
+from clear_nb.identity import notebook_code
 from clear_nb.paper import paper_table
-from clear_nb.pipeline import notebook_code
+from clear_nb.presets import load_preset
+from clear_nb.records import make_record
 from clear_nb.report import (
     ABLATION,
     CLAIMS,

@@ -14,8 +14,9 @@ from test_train import toy
 
 from clear_nb import base
 from clear_nb import train as loop
-from clear_nb.core import ROOT, load_preset, torch_rng
+from clear_nb.core import ROOT, torch_rng
 from clear_nb.data import all_pairs, assign_pathways, labelled_items, make_picture_set
+from clear_nb.presets import load_preset
 from clear_nb.reward import AnswerScore
 from clear_nb.train import (
     accelerator,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from clear_nb import scenes
-from clear_nb.core import load_preset
 from clear_nb.paper import paper_table
+from clear_nb.presets import load_preset
 from clear_nb.reward import (
     RULES_BY_NAME,
     AnswerScore,

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from clear_nb.core import ROOT, load_preset
+from clear_nb.core import ROOT
 from clear_nb.model import ClearConfig, qwen2
 from clear_nb.mot import Layer
+from clear_nb.presets import load_preset
 from clear_nb.scale import (
     StagePlan,
     copy_bytes,

@@ -11,7 +11,7 @@ from clear_nb import mmd_bench as mb
 from clear_nb.answer import build_prompt, check_token_budget, sampling_of
 from clear_nb.base import load_stage, new_model
 from clear_nb.bridge import train_bridge
-from clear_nb.core import load_preset, rng, torch_rng
+from clear_nb.core import rng, torch_rng
 from clear_nb.data import (
     all_pairs,
     assign_pathways,
@@ -25,6 +25,7 @@ from clear_nb.decode import Noise
 from clear_nb.generate import Sampling, generate
 from clear_nb.grpo import train_grpo
 from clear_nb.model import ClearModel, export_bagel, init_weights
+from clear_nb.presets import load_preset
 from clear_nb.restore import decode_for_vit, vit_sides
 from clear_nb.sft import sft_row, train_sft
 from clear_nb.train import accelerator

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clear_nb.base import base_loss, new_model, restore_sample, train_vae, vqa_sample
-from clear_nb.core import load_preset, rng, torch_rng
+from clear_nb.core import rng, torch_rng
 from clear_nb.data import (
     all_pairs,
     assign_pathways,
@@ -18,6 +18,7 @@ from clear_nb.data import (
     scene_items,
 )
 from clear_nb.model import freeze
+from clear_nb.presets import load_preset
 from clear_nb.sft import by_image, sft_loss, sft_row
 from clear_nb.train import accelerator, fit
 

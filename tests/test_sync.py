@@ -1,5 +1,6 @@
 """Notebooks, library and README say the same thing."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import nbformat
 import pytest
 
 from clear_nb.core import ROOT
-from clear_nb.pipeline import library_notebooks, readme_text
+from clear_nb.pipeline import library_notebooks
+from clear_nb.readme import readme_text
 
 BIN = Path(sys.executable).parent
 LIBRARY = library_notebooks()
@@ -55,6 +57,45 @@ def test_no_difference(copy, command):
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     assert done.returncode == 0, done.stderr[-2000:]
     assert not changed, f'run {command}: it changes {changed}'
+
+
+def as_jupyterlab_keeps(nb):
+    """What JupyterLab changes while a notebook is open: names of kernel and language, counts, states of cells."""
+    nb['metadata'] |= dict(
+        kernelspec=dict(name='python3', language='python', display_name='Python 3 (ipykernel)'),
+        language_info=dict(
+            name='python', version='3.12.1', codemirror_mode=dict(name='ipython', version=3)
+        ),
+    )
+    for k, cell in enumerate(nb['cells']):
+        cell['metadata'] |= dict(editable=True, slideshow=dict(slide_type=''), trusted=True)
+        cell['metadata'] |= dict(jupyter=dict(source_hidden=False), collapsed=True, scrolled=True)
+        if cell['cell_type'] == 'code':
+            cell['execution_count'] = k + 1
+            for output in cell['outputs']:
+                if output['output_type'] == 'execute_result':
+                    output['execution_count'] = k + 1
+    return dict(reversed(nb.items()))  # the order of keys is the browser's
+
+
+def test_jupyterlab_leaves_no_difference(copy):
+    """Opening and saving every notebook through JupyterLab's own server code, then nbdev_clean: the same bytes."""
+    from jupyter_server.services.contents.largefilemanager import LargeFileManager
+
+    manager, before = LargeFileManager(root_dir=str(copy)), snapshot(copy)
+    paths = [k for k in before if k.endswith('.ipynb')]
+    for path in paths:
+        sent = json.loads(json.dumps(manager.get(path), default=str))  # as over HTTP
+        saved = dict(type='notebook', format='json', content=as_jupyterlab_keeps(sent['content']))
+        manager.save(saved, path)
+    saved = snapshot(copy)
+    assert all(saved[k] != before[k] for k in paths)
+    done = subprocess.run(
+        [str(BIN / 'nbdev_clean')], cwd=copy, capture_output=True, text=True, timeout=300
+    )
+    after = snapshot(copy)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [k for k in paths if after[k] != before[k]] == []
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)

@@ -9,10 +9,11 @@ from PIL import Image
 from clear_nb import scenes
 from clear_nb import watch as watch_room
 from clear_nb.base import new_model
-from clear_nb.core import load_preset, record_name
 from clear_nb.data import encode_text, labelled_items, make_picture_set
 from clear_nb.decode import Turn
 from clear_nb.generate import Rollout
+from clear_nb.presets import load_preset
+from clear_nb.records import record_name
 from clear_nb.restore import Restoration, decode_pixels
 from clear_nb.reward import Outage, RewardWeights, score_rollout
 from clear_nb.scenes import split_of
