@@ -1,10 +1,11 @@
 """Peak memory of building MMD-Bench files from a TSV: it should not grow with the number of rows.
 
-    .venv/bin/python benchmarks/build_memory.py --rows 2000 4000 --corruptions hsv_saturation scan_lines
+    .venv/bin/python benchmarks/build_memory.py --rows 2000 4000 --corruptions scan_lines
 
-Writes a TSV of 512-pixel JPEG pictures, builds from it in a fresh process with worker processes below it, and prints the peak resident
-memory of the process that reads and writes, the largest of a worker, and their sum: reader + workers x largest worker, an upper bound,
-because the peaks need not fall together and shared libraries are counted in each.
+Writes a TSV of 512-pixel JPEG pictures and builds from it in a fresh process with worker processes
+below it. Prints the peak resident memory of the process that reads and writes, that of the largest
+worker, and their sum, reader + workers x largest worker. The sum is an upper bound: the peaks need
+not fall together, and shared libraries are counted in each process.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def photos(n, side):
 
 def write_tsv(path, rows, side):
     "A benchmark of `rows` questions, each with a picture of its own"
-    with path.open('w') as f:
+    with path.open('w', encoding='utf-8') as f:
         f.write('index\timage\tquestion\tA\tB\tanswer\n')
         for k, data in enumerate(photos(rows, side)):
             f.write(f'{k}\t{base64.b64encode(data).decode()}\twhich?\tred\tblue\tA\n')
@@ -114,9 +115,8 @@ def main():
     for n in a.rows:
         found.append(measure(n, a.side, settings, a.folder))
         print(found[-1], flush=True)
-    print(
-        f'largest over smallest: {max(f["sum_mib"] for f in found) / min(f["sum_mib"] for f in found):.3f}'
-    )
+    sums = [f['sum_mib'] for f in found]
+    print(f'largest over smallest: {max(sums) / min(sums):.3f}')
 
 
 if __name__ == '__main__':

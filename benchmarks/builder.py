@@ -1,10 +1,12 @@
-"""The training data builder at 5,000 look-alike rows: equal, resumable, disjoint, accounted for, and flat in memory.
+"""The training data builder at 5,000 look-alike rows: equal, resumable, disjoint, accounted for,
+and flat in memory.
 
     .venv/bin/python benchmarks/builder.py --rows 2500 5000 --n 800
 
-Writes a look-alike of LLaVA-OneVision with faults in it (tests/builder_rows.py) and builds from it in fresh processes, with a local
-annotator that misbehaves: an undisturbed build of each size, whose peak resident memory is compared, and of the largest a second one that
-is killed (SIGKILL) at random moments until it gets through. Stops with an assertion where something does not hold.
+Writes a look-alike of LLaVA-OneVision with faults in it (tests/builder_rows.py) and builds from it
+in fresh processes, with a local annotator that misbehaves. The peak resident memory of an
+undisturbed build of each size is compared. A second build of the largest size is killed (SIGKILL)
+at random moments until it gets through. Stops with an assertion where something does not hold.
 """
 
 import argparse
@@ -72,7 +74,8 @@ def _bytes(out):
 
 
 def killed(source, out, a, size):
-    "Kill at random amounts of written data; stages that were hit, and requests whose kept reply was asked for again"
+    """Kill at random amounts of written data; stages that were hit, and requests whose kept reply
+    was asked for again"""
     hit, again, seen, known = Counter(), 0, 0, set()
     with FakeServer(default=Misbehaving()) as server:
         for k in range(a.kills + 1):

@@ -153,7 +153,7 @@ def _check_same(path: Path, found: dict, wanted: dict):
             'use them, delete the folder or choose another'
         )
 
-
+# %% ../nbs/bench/bench_files.ipynb #7c5badfa
 def _begin(out: Path, settings: dict) -> bool:  # is the folder finished?
     "Begin a folder or go on with it; ValueError when the folder holds something else."
     info, begun = out / 'info.json', out / 'building.json'
@@ -214,7 +214,7 @@ def _counts(shards: list) -> tuple:  # counts, content hash
     by_name = {column: dict(sorted(counter.items())) for column, counter in by.items()}
     return dict(rows=rows, unchanged=unchanged, **by_name), h.hexdigest()
 
-
+# %% ../nbs/bench/bench_files.ipynb #d36adffe
 def _write_info(out: Path, settings: dict, rejects: list):
     "Finish a folder: write `info.json` and remove `building.json`."
     shards = sorted(out.glob('rows-*.parquet'))
@@ -280,7 +280,7 @@ def build_files(
             write_tsv(out)
     return read_info(out)
 
-
+# %% ../nbs/bench/bench_files.ipynb #96258b21
 def read_info(folder) -> dict:
     "Read settings, counts, rejects and content hash; ValueError for an unfinished folder."
     path = Path(folder) / 'info.json'
@@ -356,7 +356,7 @@ def _verify_file(path: Path, noted: str) -> Iterator:  # digests of its rows
             raise ValueError(f'{path}: row {row.key} does not show what its digest says')
         yield record['digest']
 
-
+# %% ../nbs/bench/bench_files.ipynb #455e2694
 def verify(folder) -> str:  # the content hash
     "Check every byte of a finished benchmark; ValueError naming the file that does not fit."
     folder, info, h = Path(folder), read_info(folder), hashlib.sha256()
@@ -407,7 +407,7 @@ def _write_one_tsv(path: Path, shards: list, wanted: dict):  # wanted: column to
         for row in _selected(shards, wanted):
             file.writerow(_tsv_line(row, held))
 
-
+# %% ../nbs/bench/bench_files.ipynb #0ec9814c
 def write_tsv(folder) -> list:  # paths
     "Write the VLMEvalKit files of a finished benchmark; files that exist are kept."
     folder, info = Path(folder), read_info(folder)

@@ -243,7 +243,7 @@ def _fill(stream: Iterator, chosen: Selection, spread: Callable, bar) -> Iterato
     log.done = True
     yield [], log
 
-
+# %% ../nbs/bench/candidates.ipynb #5d8fb936
 def _write_candidates(path: Path, stream: Iterator) -> SelectionLog:  # stream: of `_fill`
     "Write one file of candidates and its log."
     options, waiting, n, log = parquet_options(CANDIDATE_SCHEMA), [], 0, SelectionLog()

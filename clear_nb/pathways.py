@@ -152,7 +152,7 @@ def _check_outcomes(outcomes: list, recipe: BuildRecipe):
             'name another judge and choose a new folder.'
         )
 
-
+# %% ../nbs/bench/pathways.ipynb #4725d89e
 def pathways_of(
     pairs: list,  # (row, reply of the base model)
     recipe: BuildRecipe,
@@ -214,6 +214,13 @@ def openai_picture_tokens(width: int, height: int) -> int:
     scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
+# %% ../nbs/bench/pathways.ipynb #ce235e58
+def _routed(candidate: dict, restore: bool | None) -> RoutedQuestion:
+    pictures = 2 * openai_picture_tokens(candidate['width'], candidate['height'])
+    texts = len(candidate['question'] + candidate['answer']) // 4
+    held = {k: candidate[k] for k in ('key', 'part', 'corruption', 'severity', 'source')}
+    return RoutedQuestion(restore=restore, tokens=pictures + texts, **held)
+
 
 def route_questions(
     out: Path,
@@ -228,13 +235,8 @@ def route_questions(
     stored = chain.from_iterable(read_columns(p, columns) for p in candidate_files(out))
     answered = [c for c in stored if kept.get(c['key']) is not None]
     pairs = [(row_of_candidate(c), kept.get(c['key'])) for c in answered]
-    routed = []
-    for c, restore in zip(answered, pathways_of(pairs, recipe, judge, workers, progress)):
-        pictures = 2 * openai_picture_tokens(c['width'], c['height'])
-        tokens = pictures + len(c['question'] + c['answer']) // 4
-        names = (c['corruption'], c['severity'], c['source'])
-        routed.append(RoutedQuestion(c['key'], c['part'], restore, *names, tokens))
-    return routed
+    pathways = pathways_of(pairs, recipe, judge, workers, progress)
+    return [_routed(c, restore) for c, restore in zip(answered, pathways)]
 
 # %% ../nbs/bench/pathways.ipynb #90c57e6a
 def pathway_queues(

@@ -252,7 +252,7 @@ def open_folder(folder) -> Source:
         shards.append((file.relative_to(folder).as_posix(), subset, partial(_open_file, file)))
     return Source(folder.name, tuple(shards))
 
-
+# %% ../nbs/bench/sources.ipynb #f2bbbc55
 def open_hub(
     name: str,  # 'lmms-lab/LLaVA-OneVision-Data'
     subsets: list | None,  # names of configurations; None: all

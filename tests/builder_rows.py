@@ -1,4 +1,5 @@
-"""A look-alike of LLaVA-OneVision with faults in it, a base model that is often wrong, and an annotator that misbehaves."""
+"""A look-alike of LLaVA-OneVision with faults in it, a base model that is often wrong, and an
+annotator that misbehaves."""
 
 import hashlib
 import io
@@ -41,7 +42,8 @@ def encoded(image, kind='PNG', **how):
 
 @lru_cache(maxsize=64)
 def scene(k):
-    """Picture, question and true answer number k; the question names k, so that a base model can look the truth up."""
+    """Picture, question and true answer number k; the question names k, so that a base model can
+    look the truth up."""
     image, (q, *_), _ = training_item(0, k, n=1)
     stem = q.prompt
     for letter, text in zip('ABCD', q.options):
@@ -169,7 +171,8 @@ def obedient(picture, prompt):
 
 
 def grade(request):
-    """A judge, for FakeServer: finds the true answer, or the letter, in a sentence of `talkative`."""
+    """A judge, for FakeServer: finds the true answer, or the letter, in a sentence of
+    `talkative`."""
     told = json.loads(re.findall(r'^\{.*\}$', request.text, re.M)[-1])
     said = (
         told['answer']
@@ -182,7 +185,8 @@ def grade(request):
 
 
 class Misbehaving:
-    """The annotator, for FakeServer: what it says depends on the request; the first time it may not come through."""
+    """The annotator, for FakeServer: what it says depends on the request; the first time it may
+    not come through."""
 
     def __init__(
         self, outages=True, hang=0.3, pause=0.0
@@ -252,7 +256,8 @@ class Misbehaving:
 
 
 def build_here(source, out, url, n, limit, pipe):
-    """A build in this process; limit: bytes of its largest file. Sends the end of an error through the pipe."""
+    """A build in this process; limit: bytes of its largest file. Sends the end of an error through
+    the pipe."""
     import resource
 
     import openai._base_client

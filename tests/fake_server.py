@@ -1,10 +1,12 @@
 """A local server that speaks the chat-completions protocol and misbehaves on request.
 
-    with FakeServer(['0.5', Status(429, headers={'Retry-After': '0.01'}), Hang()], default='1') as server:
+    script = ['0.5', Status(429, headers={'Retry-After': '0.01'}), Hang()]
+    with FakeServer(script, default='1') as server:
         client = openai.OpenAI(base_url=server.url, api_key='x')
 
-Each request takes the next behaviour of the script, then `default` for ever. A behaviour is a text (the reply), a `Status`,
-`Raw`, `Hang` or `Drop`, or a function from the `Request` to one of these. `server.requests` logs what was asked.
+Each request takes the next behaviour of the script, then `default` for ever. A behaviour is a text
+(the reply), a `Status`, `Raw`, `Hang` or `Drop`, or a function from the `Request` to one of these.
+`server.requests` logs what was asked.
 """
 
 import base64
@@ -19,7 +21,8 @@ import pytest
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """The client of openai starts with waits of a hundredth of a second instead of half a second."""
+    """The client of openai starts with waits of a hundredth of a second instead of half a
+    second."""
     monkeypatch.setattr('openai._base_client.INITIAL_RETRY_DELAY', 0.01)
 
 

@@ -169,7 +169,8 @@ if __name__ == '__main__':
         print(f'{name:45} {value}')
     for path in modules(checkout):
         print(f'{path.stem:45} {len(widths(path))} lines')
-    crowded = 'builder bench_files explore bench cli run report stats tables evaluate'.split()
+    crowded = 'explore bench cli run report stats tables evaluate rows variants bench_files'
+    crowded = [*crowded.split(), *'sources candidates pathways annotate builder'.split()]
     for path in sorted((checkout / 'nbs').rglob('*.ipynb')):
         if re.sub(r'^\d+_', '', path.stem) in crowded:
             ratio, words = prose_per_code_cell(path)

@@ -75,7 +75,8 @@ def tree(folder):
 
 
 def test_na_strings_survive_every_step(tmp_path):
-    """Options that pandas would drop stay text in the reader, in parquet and in the TSV that is written."""
+    """Options that pandas would drop stay text in the reader, in parquet and in the TSV that is
+    written."""
     words = ['None', 'NA', 'N/A', 'null', 'nan', 'NaN', '#N/A', '-nan']
     columns = ['index', 'image', 'question', *'ABCDEFGH', 'answer']
     path = write_tsv(tmp_path / 'toy.tsv', [[1, code(), 'NA', *words, 'E']], columns)
@@ -94,7 +95,8 @@ def test_na_strings_survive_every_step(tmp_path):
 
 
 def test_reader_against_pandas(tmp_path):
-    """Quotes, tabs, line breaks, other scripts and empty fields are read as pandas reads them without its list of missing values."""
+    """Quotes, tabs, line breaks, other scripts and empty fields are read as pandas reads them
+    without its list of missing values."""
     r, rows = rng('texts'), []
     bits = ['a', '"', '\n', '\r\n', '\t', "'", 'é', '図', ' ', '', '\\', ',', '""']
     for k in range(60):
@@ -118,7 +120,8 @@ def test_reader_against_pandas(tmp_path):
 
 
 def test_all_columns(tmp_path):
-    """hint, category, l2-category, split and prompt arrive; other columns do no harm; a byte order mark is skipped."""
+    """hint, category, l2-category, split and prompt arrive; other columns do no harm; a byte order
+    mark is skipped."""
     columns = [
         'index',
         'image',
@@ -268,7 +271,7 @@ def test_every_fault_is_listed(tmp_path):
 )
 def test_faults_of_a_file(tmp_path, text, match):
     """One sentence, at once."""
-    (tmp_path / 'toy.tsv').write_text(text)
+    (tmp_path / 'toy.tsv').write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match=match):
         read_tsv(tmp_path / 'toy.tsv')
 
@@ -308,7 +311,8 @@ def test_outline(tmp_path):
 
 
 def test_nothing_is_replaced_by_the_clean_picture(tmp_path):
-    """Too small in the mixed design: no severity; in the full one: only the possible variants. Nothing shows the clean pixels."""
+    """Too small in the mixed design: no severity; in the full one: only the possible variants.
+    Nothing shows the clean pixels."""
     small = toy(2, h=15, w=40)
     mixed = build([*small, *toy(6)[2:]], tmp_path / 'm', corruptions=['block_exchange'])
     assert mixed['counts']['severity'] == dict(low=4, mid=4, hard=4) and mixed['rejected'] == {
@@ -427,7 +431,8 @@ def test_mixed_design(tmp_path):
 
 
 def test_rolls_share_the_corrupted_picture(tmp_path):
-    """By pointer: the same file, whether the rolls are neighbours or far apart; a repeated full picture draws for itself."""
+    """By pointer: the same file, whether the rolls are neighbours or far apart; a repeated full
+    picture draws for itself."""
     rows = (
         [[k, code(k), 'q', 'x', 'y', 'A'] for k in range(20)]
         + [[1_000_000 + k, str(k), 'q', 'y', 'x', 'B'] for k in range(20)]
@@ -446,7 +451,9 @@ def test_rolls_share_the_corrupted_picture(tmp_path):
     assert (
         len({s.image for s in shown.values()}) == 21 and shown['2000003'].image != shown['3'].image
     )
-    lines = (tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv').read_text().splitlines()
+    lines = (
+        (tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv').read_text(encoding='utf-8').splitlines()
+    )
     assert sum(len(l) < 100 for l in lines[1:]) == 20  # pointers again
     assert {
         s.index: s.image for s in read_tsv(tmp_path / 'o' / 'MMBench_toy_LOW_LEVEL_HIGH.tsv')
@@ -454,7 +461,8 @@ def test_rolls_share_the_corrupted_picture(tmp_path):
 
 
 def test_groups_share_corruption_and_draws(tmp_path):
-    """By group: both pictures of a pair get one corruption with the same numbers; by picture, each its own."""
+    """By group: both pictures of a pair get one corruption with the same numbers; by picture, each
+    its own."""
     pairs = list(from_scenes('mmvp', 12))
     for by_group in (True, False):
         build(pairs, tmp_path / str(by_group), corruptions=None, relative=True, by_group=by_group)
@@ -488,7 +496,8 @@ def test_jpeg_as_in_the_release(tmp_path):
 
 
 def test_datasets():
-    """Bytes of the files are kept; options as a list or as columns; letters, positions and words as answers; faults are Rejects."""
+    """Bytes of the files are kept; options as a list or as columns; letters, positions and words
+    as answers; faults are Rejects."""
     rows = dict(
         id=[3, 4, 5, 6],
         img=[
@@ -563,7 +572,8 @@ def test_dataset_columns(columns, match):
 
 @pytest.mark.parametrize('benchmark', [*scenes.FAMILIES, 'easyvqa'])
 def test_scenes(benchmark):
-    """Every question of the repository's own benchmarks is a good row; what the embedded model is asked is kept word for word."""
+    """Every question of the repository's own benchmarks is a good row; what the embedded model is
+    asked is kept word for word."""
     rows = list(from_scenes(benchmark, 6, seed=2))
     items = (
         scenes.easy_vqa_benchmark(6, 2)
@@ -643,7 +653,8 @@ def test_damage_is_found(tmp_path, damage, match):
 
 
 def test_wrong_digests_are_found(tmp_path):
-    """A row that was changed together with the hash of its file does not show what its digest says; nor does another content hash pass."""
+    """A row that was changed together with the hash of its file does not show what its digest
+    says; nor does another content hash pass."""
     build(toy(4), tmp_path / 'o')
     path, info = tmp_path / 'o' / 'rows-00000.parquet', bf.read_info(tmp_path / 'o')
     rows = next(bf._scan([path]))
@@ -681,7 +692,8 @@ def alive(group):
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_killed_and_resumed(tmp_path, workers):
-    """SIGKILL in the middle; the next call goes on and ends with the same bytes; no worker outlives its parent."""
+    """SIGKILL in the middle; the next call goes on and ends with the same bytes; no worker
+    outlives its parent."""
     path = write_tsv(
         tmp_path / 'toy.tsv',
         [
@@ -731,7 +743,8 @@ def test_killed_and_resumed(tmp_path, workers):
 
 
 def test_other_samples_do_not_continue_a_build(tmp_path):
-    """Settings and source are compared; rows are compared where the source has no name; a foreign folder is left alone."""
+    """Settings and source are compared; rows are compared where the source has no name; a foreign
+    folder is left alone."""
     clean, out = toy(40), tmp_path / 'o'
 
     def broken():
@@ -807,8 +820,12 @@ def test_pixels_like_the_release():
 
 
 def test_two_processes_build_the_same_folder(tmp_path):
-    """Seeds side by side share their benchmarks: one builds, the other waits and finds it finished."""
-    code = "import sys; from clear_nb.mmd_bench import corrupted_files as f; f('mmstar', 12, sys.argv[1])"
+    """Seeds side by side share their benchmarks: one builds, the other waits and finds it
+    finished."""
+    code = (
+        'import sys; from clear_nb.mmd_bench import corrupted_files; '
+        "corrupted_files('mmstar', 12, sys.argv[1])"
+    )
     runs = [
         subprocess.Popen(
             [sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True

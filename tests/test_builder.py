@@ -106,7 +106,8 @@ def examples(out, part):
 
 
 def test_every_row_is_accounted_for(built):
-    """The accounts add up; each fault is rejected by its reason, with its place; the damaged shard is named."""
+    """The accounts add up; each fault is rejected by its reason, with its place; the damaged shard
+    is named."""
     out, m, _ = built
     a = m['accounts']
     assert (
@@ -119,7 +120,7 @@ def test_every_row_is_accounted_for(built):
         m['rejected']['row'] == dict(sorted({**expected(ROWS), 'unreadable shard': 1}.items()))
         and a['no_reply'] == a['not_drawn'] == 0
     )
-    lines = [json.loads(line) for line in (out / 'rejects.jsonl').open()]
+    lines = [json.loads(line) for line in (out / 'rejects.jsonl').open(encoding='utf-8')]
     assert Counter(r['reason'] for r in lines) == Counter(m['rejected']['row']) + Counter(
         m['rejected']['trace']
     ) and all(r['place'] for r in lines)
@@ -137,12 +138,14 @@ def test_every_row_is_accounted_for(built):
 
 
 def test_the_look_alike_has_every_fault():
-    """Each reason that a row can be rejected for is tried, but for one that no picture of the look-alike has."""
+    """Each reason that a row can be rejected for is tried, but for one that no picture of the
+    look-alike has."""
     assert set(SOURCE_REJECT_REASONS) - set(BAD) == {'unreadable shard', 'cannot be degraded'}
 
 
 def test_examples(built):
-    """Half and half; every trace follows the grammar of its pathway and ends with the true answer; RL has no traces."""
+    """Half and half; every trace follows the grammar of its pathway and ends with the true answer;
+    RL has no traces."""
     out, m, _ = built
     sft, rl = examples(out, 'sft'), examples(out, 'rl')
     assert (
@@ -187,9 +190,10 @@ def test_splits_are_disjoint(built):
 
 
 def test_replies(built):
-    """Nothing that was answered is asked twice; every reply is kept; at most three regenerations; faults are counted."""
+    """Nothing that was answered is asked twice; every reply is kept; at most three regenerations;
+    faults are counted."""
     out, m, requests = built
-    kept = [json.loads(line) for line in (out / 'annotator.jsonl').open()]
+    kept = [json.loads(line) for line in (out / 'annotator.jsonl').open(encoding='utf-8')]
     assert (
         len({k['key'] for k in kept}) == len(kept)
         and max(Counter(k['row'] for k in kept).values()) <= 4
@@ -242,7 +246,8 @@ def test_two_builds_are_equal(built, source, tmp_path, hasty):
 
 @pytest.fixture(scope='module')
 def start():
-    """Start a build in a process of its own, which is forked from a small one that has imported everything; process, end of a pipe."""
+    """Start a build in a process of its own, which is forked from a small one that has imported
+    everything; process, end of a pipe."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
         ['builder_rows', 'clear_nb.builder', 'clear_nb.adapters', 'datasets']
@@ -272,7 +277,8 @@ def lines(path):
 
 
 def test_killed_and_resumed(built, source, tmp_path, start):
-    """kill -9 while the base answers and while traces are written; the result is the undisturbed one, and no answered request comes twice."""
+    """kill -9 while the base answers and while traces are written; the result is the undisturbed
+    one, and no answered request comes twice."""
     out = tmp_path / 'killed'
     with FakeServer(default=Misbehaving(pause=0.01)) as server:
         for path, least in (('base.jsonl', 100), ('annotator.jsonl', 30)):
@@ -310,7 +316,8 @@ def test_killed_and_resumed(built, source, tmp_path, start):
 
 
 def test_annotator_goes_away(built, source, tmp_path, hasty):
-    """A server that dies ends the build with one sentence; no row is rejected for it, and the rest is asked later."""
+    """A server that dies ends the build with one sentence; no row is rejected for it, and the rest
+    is asked later."""
     inner, down = Misbehaving(outages=False), []
 
     def dies(request):
@@ -350,7 +357,8 @@ def test_pause(source, tmp_path, hasty):
 
 
 def test_wrong_settings_stop_at_once(source, tmp_path, hasty):
-    """A key that is refused and a request that no server takes end the build before anything is rejected."""
+    """A key that is refused and a request that no server takes end the build before anything is
+    rejected."""
     small = BuildRecipe(n=4, share=1.0, spare=2.0, relative=True)
     with FakeServer(default=Status(401, 'bad key sk-secret')) as server:
         with pytest.raises(PermissionError, match='refused the key'):
@@ -388,7 +396,8 @@ class Moody(CallableAdapter):
 
 
 def test_base_without_a_reply(source, tmp_path, hasty):
-    """The run stops at the end of the stage, or leaves the rows out when told to; they are counted apart."""
+    """The run stops at the end of the stage, or leaves the rows out when told to; they are counted
+    apart."""
     small = BuildRecipe(n=4, share=1.0, spare=10.0, relative=True, drop_silent=False)
     with FakeServer(default=Misbehaving(outages=False)) as server:
         with pytest.raises(
@@ -407,7 +416,8 @@ def test_base_without_a_reply(source, tmp_path, hasty):
 
 
 def test_base_server_refuses(source, tmp_path, hasty):
-    """What the server of the base model said before it refused is kept; only the rest is asked when it takes requests again."""
+    """What the server of the base model said before it refused is kept; only the rest is asked
+    when it takes requests again."""
     small = BuildRecipe(n=4, share=1.0, spare=10.0, relative=True)
     select_questions(open_folder(source), tmp_path, small, progress=False)
     with FakeServer(['yes'] * 5, default=Status(401)) as server:
@@ -442,7 +452,8 @@ def test_base_server_refuses(source, tmp_path, hasty):
     ],
 )
 def test_reading(truth, said, right):
-    """Without its thoughts; yes and no out of a sentence, other words only where nothing else is said."""
+    """Without its thoughts; yes and no out of a sentence, other words only where nothing else is
+    said."""
     assert base_is_right(BenchmarkRow('x', '1', 'What?', truth, b''), said) == right
 
 
@@ -475,7 +486,8 @@ def judge_at(url, out, **kw):
 
 
 def test_instruction(source, tmp_path, hasty, capsys):
-    """A base model that talks is told to be short, and its right answers count; the instruction is a setting of the build."""
+    """A base model that talks is told to be short, and its right answers count; the instruction is
+    a setting of the build."""
 
     def ask(out, *more):
         return bench.main(
@@ -549,14 +561,17 @@ def test_judge_reads_no_plain_answers(source, tmp_path, hasty):
 
 
 def test_judge_goes_away(source, tmp_path, hasty):
-    """Silence is no wrong answer: the run stops with one sentence and goes on where it was, or leaves the rows out when told to."""
-    ask = lambda: asked_base(
-        source, tmp_path, CallableAdapter(talkative, 'base'), judge_at(server.url, tmp_path)
-    )
+    """Silence is no wrong answer: the run stops with one sentence and goes on where it was, or
+    leaves the rows out when told to."""
+
+    def ask():
+        judge = judge_at(server.url, tmp_path)
+        return asked_base(source, tmp_path, CallableAdapter(talkative, 'base'), judge)
+
+    def some(request):
+        return Status(503) if zlib.crc32(request.text.encode()) % 4 == 0 else grade(request)
+
     with FakeServer(default=grade) as server:
-        some = lambda request: (
-            Status(503) if zlib.crc32(request.text.encode()) % 4 == 0 else grade(request)
-        )
         server.default = some
         with pytest.raises(
             ConnectionError,
@@ -601,10 +616,13 @@ def test_silent_judge_ends_early(tmp_path, hasty):
 
 
 def test_judge_talks_nonsense(source, tmp_path, hasty):
-    """Rows that the judge says nothing of use about are in neither pathway, and counted; a judge that never does ends the build."""
-    odd = lambda request: (
-        'Well, that depends.' if zlib.crc32(request.text.encode()) % 5 == 0 else grade(request)
-    )
+    """Rows that the judge says nothing of use about are in neither pathway, and counted; a judge
+    that never does ends the build."""
+
+    def odd(request):
+        is_odd = zlib.crc32(request.text.encode()) % 5 == 0
+        return 'Well, that depends.' if is_odd else grade(request)
+
     with (
         FakeServer(default=Misbehaving(outages=False)) as annotator,
         FakeServer(default=odd) as server,
@@ -645,7 +663,8 @@ def test_judge_talks_nonsense(source, tmp_path, hasty):
 
 
 def test_judge_of_the_command(source, tmp_path, hasty, capsys):
-    """`--estimate` asks nobody and says what the judge would have to read; the build asks exactly that."""
+    """`--estimate` asks nobody and says what the judge would have to read; the build asks exactly
+    that."""
     common = [
         'build-data',
         '--source',
@@ -686,7 +705,8 @@ def test_judge_of_the_command(source, tmp_path, hasty, capsys):
 
 
 def test_full_disk(built, source, tmp_path, start):
-    """A file that cannot grow ends the build with one sentence; with room it goes on to the same result."""
+    """A file that cannot grow ends the build with one sentence; with room it goes on to the same
+    result."""
     out = tmp_path / 'out'
     with FakeServer(default=Misbehaving(outages=False)) as server:
         for limit in (200_000, 10_000):  # a file of candidates, the replies of the base model
@@ -703,7 +723,10 @@ def test_full_disk(built, source, tmp_path, start):
 
 def test_damaged_candidates(source, tmp_path, hasty):
     """A file of the build that was damaged is named."""
-    select = lambda: select_questions(open_folder(source), tmp_path, RECIPE, progress=False)
+
+    def select():
+        select_questions(open_folder(source), tmp_path, RECIPE, progress=False)
+
     select()
     first = sorted(tmp_path.glob('candidates/*.parquet'))[0]
     first.write_bytes(first.read_bytes()[:1000])
@@ -732,12 +755,16 @@ def test_share(source, tmp_path):
         BuildRecipe(n=N, share=0.3, spare=100.0, relative=True),
         progress=False,
     )
-    keys = lambda out: {c['key'] for f in candidate_files(out) for c in read_columns(f, ['key'])}
+
+    def keys(out):
+        return {c['key'] for f in candidate_files(out) for c in read_columns(f, ['key'])}
+
     assert keys(tmp_path / 'a') == keys(tmp_path / 'b')
 
 
 def test_written_by_datasets(tmp_path):
-    """Shards with the picture type of `datasets`, as on the hub; a broken picture does not end the shard."""
+    """Shards with the picture type of `datasets`, as on the hub; a broken picture does not end the
+    shard."""
     from datasets import Dataset, Features, Image, List, Value
 
     kinds = Features(
@@ -798,7 +825,8 @@ def test_rows_train(built, tmp_path, monkeypatch):
 
 
 def test_command(built, source, tmp_path, hasty, capsys):
-    """`clear-nb build-data`: an estimate, a build with its Table 8, a sentence for what is wrong."""
+    """`clear-nb build-data`: an estimate, a build with its Table 8, a sentence for what is
+    wrong."""
     common = [
         'build-data',
         '--source',
@@ -884,7 +912,8 @@ def test_short_source(source, tmp_path, hasty, capsys):
 
 
 def test_foreign_source(source, tmp_path, hasty, capsys):
-    """Parquet files of something else: the columns are named; beside good shards they are rejects."""
+    """Parquet files of something else: the columns are named; beside good shards they are
+    rejects."""
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
     pq.write_table(

@@ -1,4 +1,5 @@
-"""The judge model: nothing lost, nothing counted twice, an outage is never a zero, and the key appears nowhere."""
+"""The judge model: nothing lost, nothing counted twice, an outage is never a zero, and the key
+appears nowhere."""
 
 import json
 import logging
@@ -45,7 +46,8 @@ def test_passing_failure(name):
 
 @pytest.mark.parametrize('name', FAILURES)
 def test_lasting_failure(name, tmp_path):
-    """A server that never recovers gives an outage after `tries` requests; it is not cached, so the next run asks again."""
+    """A server that never recovers gives an outage after `tries` requests; it is not cached, so
+    the next run asks again."""
     with FakeServer(default=FAILURES[name]) as server:
         judge = judge_of(server, tries=2, cache=tmp_path / 'r.jsonl')
         got = judge(QUESTION, 'a dog')
@@ -65,7 +67,8 @@ def test_nobody_there():
 
 
 def test_waits(monkeypatch):
-    """The wait the server asks for is obeyed; without a word it doubles, up to a limit, with a spread."""
+    """The wait the server asks for is obeyed; without a word it doubles, up to a limit, with a
+    spread."""
     slept = []
     monkeypatch.setattr('openai._base_client.time.sleep', slept.append)
     monkeypatch.setattr('openai._base_client.INITIAL_RETRY_DELAY', 0.5)
@@ -80,7 +83,8 @@ def test_waits(monkeypatch):
 
 
 def test_one_flagged_question():
-    """403 ends a run that was never served; later it is about one question. No quota ends it at any time."""
+    """403 ends a run that was never served; later it is about one question. No quota ends it at
+    any time."""
     with FakeServer(
         [
             '1',
@@ -117,7 +121,8 @@ def test_unacceptable_request(code):
     'code, word', [(401, 'OPENAI_API_KEY'), (403, 'OPENAI_API_KEY'), (404, 'toy-judge')]
 )
 def test_refused(code, word, tmp_path):
-    """One clear error; questions that wait are not asked; what was judged before stays in the cache."""
+    """One clear error; questions that wait are not asked; what was judged before stays in the
+    cache."""
     with FakeServer(['1'], default=Status(code, f'wrong key {KEY}')) as server:
         assert judge_of(server, cache=tmp_path / 'r.jsonl')(QUESTION, 'first') == AnswerScore(1.0)
         judge = judge_of(server, cache=tmp_path / 'r.jsonl')
@@ -241,7 +246,8 @@ def test_half_a_reply_is_not_kept(reply, finish, tmp_path):
 
 
 def test_settings_name_a_reply(tmp_path):
-    """Other settings of the request ask again; they are not written down, for a header may hold a secret."""
+    """Other settings of the request ask again; they are not written down, for a header may hold a
+    secret."""
     with FakeServer(default='1') as server:
         for request in (
             {},
@@ -298,7 +304,8 @@ def test_questions_of_the_world():
 
 
 def test_prompts():
-    """Examples are valid for their own reader; anything in an answer stays inside its JSON string; the version follows the wording."""
+    """Examples are valid for their own reader; anything in an answer stays inside its JSON string;
+    the version follows the wording."""
     for t in (OPEN_TASK, OPTION_TASK, SHORT_TASK):
         for fields, reply in t.solved:
             assert not isinstance(t.read(reply, fields.get('options', {})), Unparsable)
@@ -311,7 +318,8 @@ def test_prompts():
 
 
 def test_many_with_a_bad_server(tmp_path):
-    """100 questions, every third request fails: every question has its own score, in order, and no successful reply was asked twice."""
+    """100 questions, every third request fails: every question has its own score, in order, and no
+    successful reply was asked twice."""
     count = iter(range(10**6))
 
     def behave(request):
@@ -335,7 +343,8 @@ def test_many_with_a_bad_server(tmp_path):
 
 
 def test_resume(tmp_path):
-    """A run that broke off half-way asks only for the rest; a line cut off by the crash is asked again."""
+    """A run that broke off half-way asks only for the rest; a line cut off by the crash is asked
+    again."""
     asked = [(QUESTION, str(k)) for k in range(10)]
     with FakeServer(default='0.5') as server:
         judge_many(
@@ -419,7 +428,8 @@ def test_bad_settings(kw, match):
 
 
 def test_fake_server_takes_pictures():
-    """Image parts arrive as bytes, text parts as text; another path is 404; the script is used in order, then the default."""
+    """Image parts arrive as bytes, text parts as text; another path is 404; the script is used in
+    order, then the default."""
     content = [
         {'type': 'text', 'text': 'What is it?'},
         {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,AAEC'}},
