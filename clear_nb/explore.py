@@ -378,7 +378,7 @@ def _draw_map(
     if attention_map.numel() <= 64:
         _write_numbers(ax, grey.shape, attention_map)
 
-# %% ../nbs/study/explore.ipynb #80c4f714
+# %% ../nbs/study/explore.ipynb #76a34b96
 def _draw_maps(
     fig,
     grey: np.ndarray,  # (h, w) uint8
