@@ -490,13 +490,20 @@ def test_module_runs_as_a_program():
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(
     any(not (ROOT / 'nbs' / f'{s}.ipynb').exists() for s, *_ in CHAIN),
     reason='a pipeline notebook is missing',
 )
-def test_smoke_chain(tmp_path):
-    """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
+def test_smoke_chain(tmp_path, forks):
+    """The full chain at preset smoke in a copy of the tree; a second call has nothing to do.
+
+    It executes every notebook of the pipeline with its defaults, which are the smoke values (`test_params`). The kernels are
+    forks of a process that has imported torch; the package is that of the copy.
+    """
+    assert {name for name, *_ in CHAIN} == set(pipeline.NOTEBOOK_ORDER)
+    env = dict(PYTHONPATH=str(tmp_path), JUPYTER_PATH=str(forks.ready().kernels))
     for folder in ('nbs', 'clear_nb', 'params'):
         shutil.copytree(
             ROOT / folder,
@@ -515,9 +522,7 @@ def test_smoke_chain(tmp_path):
         '--seed',
         '0',
     ]
-    first, second = (
-        python(*command, seconds=700, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2)
-    )
+    first, second = (python(*command, seconds=700, cwd=tmp_path, **env) for _ in range(2))
     assert first.returncode == 0, (first.returncode, first.stderr[-3000:])
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
     assert list((tmp_path / 'runs' / 'smoke' / 'results').glob('04_mmd_bench-*-seed0.json'))
