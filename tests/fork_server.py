@@ -41,14 +41,14 @@ def run_notebook(path: str):
         raise SystemExit(1)
 
 
-def run_kernel(file: str):
-    """Be the kernel of a connection file until it is told to end."""
+def run_kernel(arguments: list):
+    """Be a kernel until it is told to end; arguments: those of `ipykernel_launcher`."""
     from ipykernel.kernelapp import launch_new_instance
 
-    launch_new_instance(['-f', file])
+    launch_new_instance(arguments)
 
 
-def job(kind: str, what: str, cwd: str, env: dict, out: str):
+def job(kind: str, what, cwd: str, env: dict, out: str):
     """Do what is asked for in this process, which then ends."""
     code = 1
     try:
@@ -99,6 +99,7 @@ def supervise(connection: socket.socket):
 
 def serve(place: str):
     """Import, then fork for each request."""
+    sys.path.remove(str(Path(__file__).parent))  # no notebook may import a test
     for name in PRELOAD:
         importlib.import_module(name)
     listening = socket.socket(socket.AF_UNIX)
@@ -186,5 +187,5 @@ if __name__ == '__main__':
     env = {
         k: v for k, v in os.environ.items() if k != 'JPY_PARENT_PID'
     }  # its parent is not Jupyter
-    asked = dict(kind='kernel', what=rest[-1], cwd=os.getcwd(), env=env, out=os.devnull)
+    asked = dict(kind='kernel', what=rest, cwd=os.getcwd(), env=env, out=f'{place}.kernels')
     sys.exit(ask(place, 3600, **asked))
