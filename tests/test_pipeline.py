@@ -193,7 +193,13 @@ def test_stamp_covers_what_goes_in(house):
 
 def test_missing_product(house):
     """Somebody deleted the weights: the stage is not finished any more."""
-    code = f"from pathlib import Path\np = Path({str(house)!r})/'runs/smoke/seed0/sft/model'; p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')"
+    code = '\n'.join(
+        [
+            'from pathlib import Path',
+            f"p = Path({str(house)!r})/'runs/smoke/seed0/sft/model'",
+            "p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')",
+        ]
+    )
     notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
     out = run('01_sft', 'smoke')
     made = json.loads(out.with_suffix('.stamp.json').read_text())['made']
@@ -419,10 +425,11 @@ def test_products_of_variants(house, monkeypatch):
         p.mkdir(parents=True)
     for v in ('', '-dec', '-lambda_flow=0.1'):
         (results / f'03_grpo{v}-seed0.json').write_text('{}')
-    names = lambda variant: sorted(
-        os.path.basename(p)
-        for p in pipeline._products(seed0 / 'x.ipynb', '03_grpo', 'tiny', 0, variant)
-    )
+
+    def names(variant):
+        found = pipeline._products(seed0 / 'x.ipynb', '03_grpo', 'tiny', 0, variant)
+        return sorted(map(os.path.basename, found))
+
     assert names('dec') == ['03_grpo-dec-seed0.json', 'grpo-dec']
     assert names('') == ['03_grpo-lambda_flow=0.1-seed0.json', '03_grpo-seed0.json', 'grpo']
 
