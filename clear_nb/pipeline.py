@@ -423,7 +423,7 @@ def _arguments(argv=None) -> argparse.Namespace:
 
 # %% ../nbs/study/pipeline.ipynb #7cbbb24b
 def _run_arguments(args: argparse.Namespace) -> None:
-    "Do what the command line asks for."
+    "Run what the command line asks for."
     if args.readme:
         write_readme()
     elif args.one is not None:

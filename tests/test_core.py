@@ -80,7 +80,10 @@ def test_generators_are_pinned():
 
 def test_torch_reads_32_bits_on_a_cpu():
     """What the text says of `torch_rng`: the low 32 bits of the hash decide on a CPU."""
-    draw = lambda seed: torch.randn(4, generator=torch.Generator().manual_seed(seed))
+
+    def draw(seed):
+        return torch.randn(4, generator=torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(12345), draw(12345 + 2**32)) and not torch.equal(
         draw(12345), draw(12345 + 2**31)
     )
@@ -245,9 +248,11 @@ def test_records_are_filtered(tmp_path):
     """By notebook and by variant; '' means unchanged runs."""
     for notebook, variant in [('a', ''), ('a', 'v'), ('b', '')]:
         write_record(notebook, {}, load_preset('smoke'), 0, variant, root=tmp_path)
-    names = lambda **k: [
-        (r['notebook'], r['variant']) for r in read_records('smoke', root=tmp_path, **k)
-    ]
+
+    def names(**k):
+        found = read_records('smoke', root=tmp_path, **k)
+        return [(r['notebook'], r['variant']) for r in found]
+
     assert names(notebook='a') == [('a', 'v'), ('a', '')] or names(notebook='a') == [
         ('a', ''),
         ('a', 'v'),
@@ -300,12 +305,15 @@ def test_git_state(tmp_path, monkeypatch):
     monkeypatch.setattr(records, 'ROOT', tmp_path)
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     assert git_state() == dict(commit='unknown', dirty='unknown')
-    git = lambda *a: subprocess.run(
-        ['git', '-c', 'user.name=t', '-c', 'user.email=t@t', *a],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+
+    def git(*a):
+        subprocess.run(
+            ['git', '-c', 'user.name=t', '-c', 'user.email=t@t', *a],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+
     (tmp_path / 'a').write_text('1')
     git('init')
     git('add', '.')

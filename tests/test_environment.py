@@ -77,7 +77,10 @@ def test_settings_that_protect_the_notebooks():
     )
 
 
-HEAVY = 'jupyterlab jupyter_server nbdev execnb ghapi papermill nbclient nbconvert nbformat ipykernel IPython ipywidgets pyiqa facexlib pytest'.split()
+HEAVY = (
+    'jupyterlab jupyter_server nbdev execnb ghapi papermill nbclient nbconvert nbformat ipykernel '
+    'IPython ipywidgets pyiqa facexlib pytest'
+).split()
 BLOCKED = f"""
 import sys
 for name in {HEAVY!r}:

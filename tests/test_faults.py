@@ -489,9 +489,9 @@ FAULTS = [
 ]
 
 
-def table():
-    """FAULTS for readers, as Markdown."""
-    plain = lambda sees: (
+def plain(sees):
+    """A pattern as a reader would write it."""
+    return (
         re.sub(r'\\d[+*]?', 'n', sees.replace('.*', '…'))
         .replace('\\n', ' ')
         .replace('(?i)', '')
@@ -501,6 +501,10 @@ def table():
         .replace('\\', '')
         .replace('|', ' or ')
     )
+
+
+def table():
+    """FAULTS for readers, as Markdown."""
     lines = [f'| {f.room} | {f.fault} | {f.how} | {plain(f.sees)} | {f.kept} |' for f in FAULTS]
     return '\n'.join(
         [
@@ -707,7 +711,8 @@ from safetensors.torch import save_file
 from test_train import toy
 
 def child(rank, name, die, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
     acc, (net, loss) = accelerator('no'), toy()
     torch.nn.init.zeros_(net.bias)
     run = parallel(net, acc)
@@ -1029,11 +1034,11 @@ def annotator_down(s):
 
 def annotator_nonsense(s):
     inner = quick()
-    talks = lambda r: (
-        'Sure! Here is the trace.'
-        if int(re.search(r'\(picture (\d+)\)', r.text)[1]) % 5 == 0
-        else inner(r)
-    )
+
+    def talks(request):
+        number = int(re.search(r'\(picture (\d+)\)', request.text)[1])
+        return 'Sure! Here is the trace.' if number % 5 == 0 else inner(request)
+
     with FakeServer(default=talks) as annotator:
         m = make(s.get('source'), annotator, s.tmp / 'out')
     yield build_summary(m)[2]

@@ -193,7 +193,13 @@ def test_stamp_covers_what_goes_in(house):
 
 def test_missing_product(house):
     """Somebody deleted the weights: the stage is not finished any more."""
-    code = f"from pathlib import Path\np = Path({str(house)!r})/'runs/smoke/seed0/sft/model'; p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')"
+    code = '\n'.join(
+        [
+            'from pathlib import Path',
+            f"p = Path({str(house)!r})/'runs/smoke/seed0/sft/model'",
+            "p.mkdir(parents=True, exist_ok=True); (p/'w').write_text('1')",
+        ]
+    )
     notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
     out = run('01_sft', 'smoke')
     made = json.loads(out.with_suffix('.stamp.json').read_text())['made']
@@ -419,10 +425,11 @@ def test_products_of_variants(house, monkeypatch):
         p.mkdir(parents=True)
     for v in ('', '-dec', '-lambda_flow=0.1'):
         (results / f'03_grpo{v}-seed0.json').write_text('{}')
-    names = lambda variant: sorted(
-        os.path.basename(p)
-        for p in pipeline._products(seed0 / 'x.ipynb', '03_grpo', 'tiny', 0, variant)
-    )
+
+    def names(variant):
+        found = pipeline._products(seed0 / 'x.ipynb', '03_grpo', 'tiny', 0, variant)
+        return sorted(map(os.path.basename, found))
+
     assert names('dec') == ['03_grpo-dec-seed0.json', 'grpo-dec']
     assert names('') == ['03_grpo-lambda_flow=0.1-seed0.json', '03_grpo-seed0.json', 'grpo']
 
@@ -490,13 +497,20 @@ def test_module_runs_as_a_program():
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(
     any(not (ROOT / 'nbs' / f'{s}.ipynb').exists() for s, *_ in CHAIN),
     reason='a pipeline notebook is missing',
 )
-def test_smoke_chain(tmp_path):
-    """The full chain at preset smoke in a copy of the tree; a second call has nothing to do."""
+def test_smoke_chain(tmp_path, forks):
+    """The full chain at preset smoke in a copy of the tree; a second call has nothing to do.
+
+    It executes every notebook of the pipeline with its defaults, which are the smoke values (`test_params`). The kernels are
+    forks of a process that has imported torch; the package is that of the copy.
+    """
+    assert {name for name, *_ in CHAIN} == set(pipeline.NOTEBOOK_ORDER)
+    env = dict(PYTHONPATH=str(tmp_path), JUPYTER_PATH=str(forks.ready().kernels))
     for folder in ('nbs', 'clear_nb', 'params'):
         shutil.copytree(
             ROOT / folder,
@@ -515,9 +529,7 @@ def test_smoke_chain(tmp_path):
         '--seed',
         '0',
     ]
-    first, second = (
-        python(*command, seconds=700, cwd=tmp_path, PYTHONPATH=str(tmp_path)) for _ in range(2)
-    )
+    first, second = (python(*command, seconds=700, cwd=tmp_path, **env) for _ in range(2))
     assert first.returncode == 0, (first.returncode, first.stderr[-3000:])
     assert second.stdout.count('up to date') == len(CHAIN), second.stdout
     assert list((tmp_path / 'runs' / 'smoke' / 'results').glob('04_mmd_bench-*-seed0.json'))

@@ -24,7 +24,9 @@ PYTHON = [
 ]
 NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb']
 SECRET = re.compile(
-    r'(?<![\w-])(sk-(?!secret-0123456789)[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY'
+    r'(?<![\w-])(sk-(?!secret-0123456789)[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{20,}'
+    r'|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{20,})'
+    r'|-----BEGIN [A-Z ]*PRIVATE KEY'
 )
 PICKLES = {'.pkl', '.pickle', '.pt', '.pth', '.bin', '.ckpt', '.joblib', '.dill'}
 
