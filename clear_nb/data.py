@@ -34,8 +34,9 @@ from transformers import PreTrainedTokenizerFast
 
 from . import degrade as dg
 from . import scenes
+from .ask import ask_model
 from .core import rng
-from .generate import Noise, Sampling, decode_for_vit, generate, prefill, restore, vit_sides
+from .generate import Noise, Sampling, decode_for_vit, prefill, restore, vit_sides
 from .images import ResizeRule, image_tensor, open_image, resize
 from .model import ClearConfig, ClearModel
 from .mot import KVCache
@@ -392,11 +393,10 @@ def direct_answers(
     progress: str = '',
 ) -> list:
     "Greedy direct answers, as texts."
-    out, s = [], Sampling(max_new=max_new, policy='never', max_restores=0)
-    for k in tqdm(range(0, len(pairs), batch), progress, disable=not progress):
-        made = generate(model, prompts(model.tokenizer, p, pairs[k : k + batch], inputs, False), s)
-        out += [r.texts[0].strip() for r in made]
-    return out
+    contexts = partial(prompts, model.tokenizer, p, inputs=inputs, think=False)
+    sampling = Sampling(max_new=max_new, policy='never', max_restores=0)
+    made = ask_model(model, pairs, contexts, sampling, batch, progress=progress)
+    return [r.texts[0].strip() for r in made]
 
 # %% ../nbs/stages/data.ipynb #10cc43c0
 @dataclass(frozen=True)
