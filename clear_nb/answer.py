@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES_NEWEST_FIRST', 'AnswerResult', 'newest_folder', 'default_device', 'devices', 'check_device', 'open_model',
            'preset_of', 'sampling_of', 'with_think_prompt', 'build_prompt', 'check_token_budget', 'answer', 'check_out',
-           'save_images', 'run_command', 'command_line', 'main']
+           'save_images', 'add_command']
 
 # %% ../nbs/bench/answer.ipynb #545fa925
 import argparse
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import clear_nb
 from .core import Preset, find_stage, load_preset
 from .flow import time_grid
 from clear_nb.generate import (
@@ -240,19 +239,6 @@ def save_images(
         im.save(p)
     return paths
 
-# %% ../nbs/bench/answer.ipynb #4c08c14b
-def run_command(
-    parser: argparse.ArgumentParser, argv=None
-) -> int:  # exit status: what the command's `run` returns, 2 for an error that a user can mend, 130 after Ctrl-C
-    "Read the arguments and run the command that they name."
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args) or 0
-    except (ValueError, OSError) as e:
-        return print(f'clear-nb: {e}', file=sys.stderr) or 2
-    except KeyboardInterrupt as e:
-        return print(f'clear-nb: {str(e) or "stopped."}', file=sys.stderr) or 130
-
 # %% ../nbs/bench/answer.ipynb #42541d99
 def _run(args: argparse.Namespace):
     "Ask, print, write."
@@ -280,13 +266,8 @@ def _run(args: argparse.Namespace):
         )
 
 # %% ../nbs/bench/answer.ipynb #8ec473fd
-def command_line() -> tuple:  # ArgumentParser, what further commands are added to
-    "The parser of `clear-nb`, with the command `answer`."
-    p = argparse.ArgumentParser(
-        prog='clear-nb', description='Visual questions about degraded pictures.'
-    )
-    p.add_argument('--version', action='version', version=f'clear-nb {clear_nb.__version__}')
-    kinds = p.add_subparsers(dest='command', required=True)
+def add_command(kinds):  # kinds: subparsers of `clear-nb`
+    "Add the command `answer`, which `cli` runs."
     a = kinds.add_parser(
         'answer',
         help='ask one question about one picture',
@@ -313,13 +294,3 @@ def command_line() -> tuple:  # ArgumentParser, what further commands are added 
     a.add_argument('--system', help='system prompt (default: the one the model was trained with)')
     a.add_argument('--device', help='cpu, cuda, … (default: cuda if there is one)')
     a.set_defaults(run=_run)
-    return p, kinds
-
-# %% ../nbs/bench/answer.ipynb #de339899
-def main(argv=None) -> int:  # exit status
-    "The command `answer` alone."
-    return run_command(command_line()[0], argv)
-
-# %% ../nbs/bench/answer.ipynb #4f122ac7
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())

@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 
 from .bench_files import BenchmarkRow, Reject, RowSource
 from .core import atomic_path, progress_bar
@@ -157,7 +157,9 @@ class ReplyStore:
             self._join()
 
 # %% ../nbs/bench/evaluate.ipynb #0caf5cc4
-def _join(self):
+@patch
+def _join(self: ReplyStore):
+    "Write the parts of this process as one."
     members = self.joined + self.fresh
     tables = [pq.read_table(p, schema=REPLY_SCHEMA) for p in members]
     table = pa.concat_tables(tables)
@@ -165,9 +167,6 @@ def _join(self):
     for p in members:
         p.unlink()
     self.fresh, self.joined = [], [path] if len(table) < self.largest_join else []
-
-
-ReplyStore._join = _join
 
 # %% ../nbs/bench/evaluate.ipynb #c08cde7e
 def _read_part(path: Path) -> pd.DataFrame:

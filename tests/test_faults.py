@@ -43,9 +43,9 @@ from test_pipeline import HEAD, house, notebook, text  # noqa: F401 (a fixture)
 from test_resume import flip, train
 from test_train import toy
 
-from clear_nb import bench, core, grpo, pipeline
 from clear_nb import bench_files as bf
 from clear_nb import builder as bd
+from clear_nb import cli, core, evaluate, grpo, pipeline
 from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
 from clear_nb.core import PATHS, ROOT, find_stage, load_preset, read_records, write_record
@@ -1090,7 +1090,7 @@ def row_picture(s):
     rows = [dict(good, index=k, image=code(k)) for k in range(3)] + [
         dict(good, index=9, image=base64.b64encode(b'no picture' * 9).decode())
     ]
-    done = bench.main(
+    done = cli.main(
         [
             'bench',
             '--model',
@@ -1193,7 +1193,7 @@ def server_down(s):
 
 
 def ask(s, name, f=guess):
-    return bench.run_bench(
+    return evaluate.run_rows(
         CallableAdapter(f, 'guess'), questions(), s.tmp / name, batch=4, progress=False
     )
 
