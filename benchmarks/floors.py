@@ -14,9 +14,10 @@ import torch
 from generation import SHAPES, in_turns, prompt, small_config, speaking
 
 from clear_nb.core import load_preset, torch_rng, write_record
-from clear_nb.generate import prefill, restore
+from clear_nb.decode import prefill
 from clear_nb.model import ClearConfig, materialise, meta_model
 from clear_nb.mot import KVCache, select_rows
+from clear_nb.restore import restore
 from clear_nb.trajectory import LatentSegment, TextSegment, VitSegment, tokens_of
 
 

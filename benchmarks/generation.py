@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from clear_nb.core import torch_rng
+from clear_nb.decode import TokenSequence, decode_text, prefill
 from clear_nb.flow import Guidance
-from clear_nb.generate import TokenSequence, decode, guidance_caches, prefill, restore
 from clear_nb.model import ClearConfig, ClearModel, init_weights
 from clear_nb.mot import KVCache
+from clear_nb.restore import prefill_guidance, restore
 from clear_nb.trajectory import LatentSegment, TextSegment, pack
 from clear_nb.vae import VaeConfig
 from clear_nb.vit import VitConfig
@@ -118,7 +119,7 @@ def speaking(model, prompts, n, cache=None):
 
     def make():
         full = cache or held(model, prompts, n + 4)
-        return lambda: decode(
+        return lambda: decode_text(
             model, full, torch.zeros(full.rows, n + 1), banned=[TokenSequence((model.shape.eos,))]
         )
 
@@ -190,7 +191,11 @@ def guided(model, z, steps, repeats, device, rows=8):
     prefill(model, cache, ask)
     noise = torch.randn(rows, *z.shape, generator=torch_rng('noise'))
     make = lambda g: (
-        lambda: lambda: restore(model, cache, noise, steps, **guidance_caches(model, cache, ask, g))
+        lambda: (
+            lambda: restore(
+                model, cache, noise, steps, guide=prefill_guidance(model, cache, ask, g)
+            )
+        )
     )
     t = in_turns(
         {

@@ -26,23 +26,13 @@ from scipy.stats import linregress
 from torch import nn
 
 from clear_nb.core import torch_rng
-from clear_nb.generate import (
-    Noise,
-    Rollout,
-    Sampling,
-    Turn,
-    cached_phrase,
-    draw_tokens,
-    feed_token,
-    generate,
-    prefill,
-    restore,
-    token_count,
-)
+from clear_nb.decode import Noise, Turn, cached_phrase, draw_tokens, feed_token, prefill
+from clear_nb.generate import Rollout, Sampling, generate
 from clear_nb.grpo import Objective, joint_loss, rollout_segments, score_trajectories
 from clear_nb.model import freeze
 from clear_nb.mot import KVCache, select_rows
-from clear_nb.trajectory import MARKER, Gap, LatentSegment, TextSegment, VitSegment
+from clear_nb.restore import restore
+from clear_nb.trajectory import MARKER, Gap, LatentSegment, TextSegment, VitSegment, token_count
 
 ASK = 4  # the token that asks for a restoration
 SEED = Noise('benchmark')
@@ -189,7 +179,7 @@ def spell(context, u, s, eos, stop):
         if turn.ended:
             return turn
         turn.ids.append(token)
-        if stop.said(turn.ids):
+        if stop.ends(turn.ids):
             return turn
 
 
@@ -214,7 +204,7 @@ def alone(make, model, segments, s, row):
             )
         )
         context.close(turn.ids)
-        if n == s.max_restores or not stop.said(turn.ids):
+        if n == s.max_restores or not stop.ends(turn.ids):
             return out
         out.restorations.append(
             context.restore(

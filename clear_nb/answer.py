@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 
 from .core import Preset, find_stage, load_preset
+from .decode import Noise
 from .flow import time_grid
 from clear_nb.generate import (
     POLICIES,
     POLICIES_WITHOUT_RESTORATION,
-    Noise,
     Rollout,
     Sampling,
-    decode_pixels,
     generate,
     token_budget,
 )
 from .images import ResizeRule, image_tensor, open_image, resize, to_uint8
 from .model import ClearModel
+from .restore import decode_pixels
 from .trajectory import LatentSegment, TextSegment, VitSegment
 
 # %% ../nbs/bench/answer.ipynb #bceaa03f
@@ -143,8 +143,8 @@ def _words(model: ClearModel, text: str) -> TextSegment:
 
 
 def with_think_prompt(model: ClearModel, question: str) -> str:
-    "The question as the model's training put it: the embedded model thinks when it is told to; without a cue nothing changes."
-    return f'{question} {model.cfg.cue}'.rstrip() if model.cfg.cue else question
+    "The question as the model's training put it: the embedded model thinks when it is told to; without a think prompt nothing changes."
+    return f'{question} {model.cfg.think_prompt}'.rstrip() if model.cfg.think_prompt else question
 
 
 @torch.no_grad()

@@ -35,12 +35,14 @@ from . import flow
 from .answer import build_prompt, check_token_budget, open_model, sampling_of
 from .core import PATHS, rng
 from .data import Item, scene_items
+from .decode import Noise
 from .degrade import CORRUPTIONS, SEVERITY, degrade
-from .generate import POLICIES, Noise, Restoration, Rollout, decode_pixels, generate
+from .generate import POLICIES, Rollout, generate
 from .grpo import rollout_segments, state_at
 from .images import ResizeRule, open_image, resize, to_uint8
 from .model import ClearModel
 from .mot import routed, visible
+from .restore import Restoration, decode_pixels
 from .reward import rule_says_right
 from .scenes import Question
 from clear_nb.trajectory import (

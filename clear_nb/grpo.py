@@ -31,15 +31,8 @@ from .base import load_stage
 from .core import GrpoParams, Preset, rng, stage_folder, torch_rng
 from .data import PictureSet, all_pairs, fingerprint, labelled_items, open_training, prompts
 from .data import make_picture_set as make_pool
-from clear_nb.generate import (
-    Noise,
-    Rollout,
-    Sampling,
-    generate,
-    stop_and_ban,
-    token_budget,
-    token_count,
-)
+from .decode import Noise
+from .generate import Rollout, Sampling, generate, stop_and_ban, token_budget
 from .judge import LLMJudge
 from .model import ClearModel, Hidden, freeze
 from .reward import Outage, Reward, RewardWeights, RuleJudge, Unparsable, score_rollout
@@ -62,7 +55,7 @@ from clear_nb.train import (
     whole_model,
     widen,
 )
-from .trajectory import LatentSegment, TextSegment, pack, to_device, tokens_of
+from .trajectory import LatentSegment, TextSegment, pack, to_device, token_count, tokens_of
 from .vae import unpatchify
 
 # %% ../nbs/stages/grpo.ipynb #0c97c492
@@ -202,7 +195,7 @@ def forbidden(
                 (at + k, i)
                 for k in range(len(turn.logp))
                 for b in banned
-                for i in b.last(turn.ids[:k])
+                for i in b.banned_ids(turn.ids[:k])
             ]
             at += len(turn.logp)
     return tuple(torch.tensor(out, dtype=torch.long).view(-1, 2).T)

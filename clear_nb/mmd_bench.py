@@ -60,8 +60,10 @@ from clear_nb.data import (
     prompts,
     restore_pictures,
 )
-from .generate import POLICIES_WITHOUT_RESTORATION, Noise, Sampling, decode_pixels, generate
+from .decode import Noise
+from .generate import POLICIES_WITHOUT_RESTORATION, GivenLatents, Sampling, generate
 from .model import ClearModel
+from .restore import decode_pixels
 from .scoring import protocol_of, score_rows, score_units
 from .train import fast_precision
 from .trajectory import parse
@@ -417,7 +419,7 @@ def _pool(
         seen,
         _latents(model, clean, memo) if subject.returns == 'clean' else none,
         _latents(model, seen, memo) if subject.inputs != 'vit' else none,
-        model.cfg.cue,
+        model.cfg.think_prompt,
         model.cfg.system,
     )
     if not subject.first:
@@ -473,7 +475,7 @@ def ask_subject(
                 prompts(model.tokenizer, p, part, subject.inputs, subject.kind == 'trace'),
                 s,
                 Noise('mmd', seed, family, first=k),
-                oracle=oracle,
+                restorer=oracle and GivenLatents(oracle),
             )
     return out
 

@@ -50,7 +50,7 @@ class ClearConfig:
     vae_rule: tuple = (1024, 512, 16)  # longest side, shortest side, stride
     vit_rule: tuple = (518, 224, 14)
     text_ids: int = None  # ids with text logits: the first ones; None: all of the vocabulary
-    cue: str = 'think first'  # what stands behind a question that wants a thought; published models know none
+    think_prompt: str = 'think first'  # what stands behind a question that wants a thought; published models know none
     system: str = ''  # system prompt before the picture, where a thought is wanted (paper §3.1)
 
 # %% ../nbs/method/model.ipynb #336e6da8
@@ -572,7 +572,7 @@ def bagel_config(path: Path, tokenizer, **changes) -> ClearConfig:  # changes: f
     more = (
         _json(path / 'clear_config.json')
         if (path / 'clear_config.json').is_file()
-        else dict(text_ids=n if n < rows else None, cue='')
+        else dict(text_ids=n if n < rows else None, think_prompt='')
     )
     found = {
         'vae': {},

@@ -35,17 +35,9 @@ from tqdm import tqdm
 
 from .core import PATHS, EvalParams, Preset, file_hash, rng
 from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
+from .decode import Noise, decode_text, prefill
 from .degrade import CORRUPTIONS, UnchangedWarning
-from clear_nb.generate import (
-    Noise,
-    Sampling,
-    decode,
-    decode_pixels,
-    prefill,
-    restore,
-    stop_and_ban,
-    token_budget,
-)
+from .generate import Sampling, stop_and_ban, token_budget
 from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
@@ -62,6 +54,7 @@ from clear_nb.report import (
     seed_text,
     verdict,
 )
+from .restore import decode_pixels, restore
 
 # %% ../nbs/study/perceptual.ipynb #8c29bee7
 @dataclass(frozen=True)
@@ -332,9 +325,9 @@ def _state(
     )
     cache = KVCache(model.mot.cfg, len(rows), slots, model.device, model.cache_dtype)
     prefill(model, cache, start)
-    turns = decode(model, cache, draw.uniform(rows, 0, max_new + 1), **rule)
+    turns = decode_text(model, cache, draw.uniform(rows, 0, max_new + 1), **rule)
     made = restore(model, cache, draw.normal(rows, 0, zs), ev.denoise_steps, ev.shift)
-    return [rule['stop'][0].said(t.ids) for t in turns], [r.latent.float().cpu() for r in made]
+    return [rule['stop'][0].ends(t.ids) for t in turns], [r.latent.float().cpu() for r in made]
 
 # %% ../nbs/study/perceptual.ipynb #c415fa87
 @torch.no_grad()

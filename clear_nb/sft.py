@@ -44,7 +44,6 @@ from clear_nb.data import (
     write_trace,
 )
 from .flow import sample_time
-from .generate import token_count
 from .model import ClearModel, freeze
 from .reward import RuleJudge
 from clear_nb.train import (
@@ -71,6 +70,7 @@ from clear_nb.trajectory import (
     drop_conditions,
     pack,
     to_device,
+    token_count,
 )
 
 # %% ../nbs/stages/sft.ipynb #3a274123
@@ -142,7 +142,8 @@ def example_segments(
     text = lambda s: TextSegment(encode_text(tok, s), loss=True, branch=branch)
     out = [
         TextSegment(
-            question_ids(tok, p.items[e.image].questions[e.question], True, p.cue), branch=branch
+            question_ids(tok, p.items[e.image].questions[e.question], True, p.think_prompt),
+            branch=branch,
         ),
         text(e.texts[0]),
     ]

@@ -21,9 +21,11 @@ from PIL import Image
 from . import scenes
 from .core import GrpoParams, Preset, atomic_path, rng
 from .data import Item, PictureSet, corrupt, make_picture_set, prompts
-from .generate import Noise, Sampling, decode_pixels, generate
+from .decode import Noise
+from .generate import Sampling, generate
 from .model import ClearModel
 from .report import bootstrap_average
+from .restore import decode_pixels
 from .reward import Reward, RewardWeights, score_rollout
 from .train import running_mean
 

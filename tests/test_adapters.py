@@ -34,8 +34,9 @@ from clear_nb.adapters import (
 )
 from clear_nb.answer import build_prompt, sampling_of
 from clear_nb.bench_files import BenchmarkRow
+from clear_nb.decode import Noise
 from clear_nb.flow import Guidance
-from clear_nb.generate import Noise, generate
+from clear_nb.generate import generate
 from clear_nb.server import Refused
 
 KEY = 'sk-secret-0123456789'
@@ -141,11 +142,11 @@ def test_clear_is_generate(model):
 
 
 def test_prompt_is_verbatim(model):
-    "The request of a multiple-choice question keeps the blank and line break at its end; a cue comes behind them."
+    "The request of a multiple-choice question keeps the blank and line break at its end; a think prompt comes behind them."
     s, tok = replace(rows(1)[0], options=dict(A='x', B='y')), model.tokenizer
-    for cue, end in (('', ''), ('think first', ' think first')):
+    for words, end in (('', ''), ('think first', ' think first')):
         other = copy.copy(model)
-        other.cfg = replace(model.cfg, cue=cue)
+        other.cfg = replace(model.cfg, think_prompt=words)
         _, prompt = ClearAdapter(other, max_new=5, steps=3)._segments(s)
         assert prompt[-1].ids == tuple(
             tok.encode(prompt_of(s) + end, add_special_tokens=False)

@@ -24,7 +24,8 @@ from clear_nb.answer import (
 )
 from clear_nb.cli import main
 from clear_nb.core import PATHS, ROOT, rng
-from clear_nb.generate import Noise, generate
+from clear_nb.decode import Noise
+from clear_nb.generate import generate
 from clear_nb.model import export_bagel
 
 QUESTION = 'what color is it?'
@@ -96,7 +97,8 @@ def test_is_generate(restorer, photo):
 def test_cue(restorer):
     "Behind a blank where a model has one; without one the question stays as it is, to the last line break."
     told, bare = (
-        SimpleNamespace(cfg=replace(restorer.cfg, cue=cue)) for cue in ('think first', '')
+        SimpleNamespace(cfg=replace(restorer.cfg, think_prompt=words))
+        for words in ('think first', '')
     )
     for q in (QUESTION, 'A or B? \n', '\n a \n\n'):
         assert with_think_prompt(told, q) == f'{q} think first' and with_think_prompt(bare, q) == q

@@ -11,9 +11,10 @@ import torch
 from clear_nb import gallery as ga
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, read_records, write_record
-from clear_nb.generate import Restoration, Rollout
+from clear_nb.generate import Rollout
 from clear_nb.mmd_bench import SUBJECTS, benchmark_rows
 from clear_nb.report import save_figure
+from clear_nb.restore import Restoration
 from clear_nb.scenes import FAMILIES
 
 SMOKE = load_preset('smoke')

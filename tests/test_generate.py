@@ -10,31 +10,42 @@ from test_model import CONTROL, byte_tokenizer, close, picture, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import clear_nb.generate
+import clear_nb.decode
+import clear_nb.restore
 from clear_nb import flow
 from clear_nb.core import torch_rng
-from clear_nb.flow import RENORMS, Guidance
-from clear_nb.generate import (
-    RETURN_MODES,
+from clear_nb.decode import (
+    FirstIds,
     Noise,
     Phrase,
-    Sampling,
     TokenSequence,
-    VelocityField,
-    decode,
+    decode_text,
     draw_tokens,
-    generate,
-    guidance_caches,
-    guidance_contexts,
     prefill,
-    reinject,
-    restore,
-    stop_and_ban,
-    token_count,
 )
+from clear_nb.flow import RENORMS, Guidance
+from clear_nb.generate import GivenLatents, Sampling, generate, stop_and_ban, token_budget
 from clear_nb.grpo import forbidden, text_logp
 from clear_nb.mot import KVCache
-from clear_nb.trajectory import MARKER, Gap, LatentSegment, TextSegment, VitSegment, pack
+from clear_nb.restore import (
+    RETURN_MODES,
+    GuidanceCaches,
+    GuidedVelocity,
+    VelocityField,
+    guidance_contexts,
+    prefill_guidance,
+    reinject,
+    restore,
+)
+from clear_nb.trajectory import (
+    MARKER,
+    Gap,
+    LatentSegment,
+    TextSegment,
+    VitSegment,
+    pack,
+    token_count,
+)
 from clear_nb.vae import patchify, unpatchify
 
 MARK, ANSWER = 264, 262  # whole tokens of the test tokenizer
@@ -69,7 +80,7 @@ def replay(rollout, mode='bridge', model=None, step=None):
             d = rollout.restorations[i]
             if step is not None:
                 out.append(LatentSegment(unpatchify(d.states[step], 2, 2, 4), float(d.times[step])))
-            out += reinject(model, d.latent, mode)
+            out += reinject(model, [d.latent], mode)[0]
     return out
 
 
@@ -130,7 +141,7 @@ def test_greedy_answered():
         assert [
             i
             for k in range(len(t.ids))
-            for i in stop_and_ban(model, 'direct', True)['banned'][1].last(t.ids[:k])
+            for i in stop_and_ban(model, 'direct', True)['banned'][1].banned_ids(t.ids[:k])
         ] == [end] * (t.ids.index(ANSWER) + 1 if ANSWER in t.ids else 40)
 
 
@@ -321,7 +332,7 @@ def test_greedy_batch_of_two():
 
 def test_finished_rows_are_left_behind(monkeypatch):
     "Rows that end at different steps: the batch shrinks while it speaks, and texts, numbers and the whole cache are those of every row alone."
-    model, sizes, plain = talker(6, marker=4.0, end=6.0), [], clear_nb.generate.select
+    model, sizes, plain = talker(6, marker=4.0, end=6.0), [], clear_nb.decode.select_rows
     ask, u = asked(model, 3) * 4, torch.rand(12, 21, generator=torch_rng('u'))
 
     def held(prompts):
@@ -333,16 +344,16 @@ def test_finished_rows_are_left_behind(monkeypatch):
         sizes.append(len(rows))
         return plain(cache, rows)
 
-    monkeypatch.setattr(clear_nb.generate, 'select', counted)
+    monkeypatch.setattr(clear_nb.decode, 'select_rows', counted)
     cache = held(ask)
-    turns = decode(model, cache, u, 1.0, stop=[TokenSequence((MARK,))])
+    turns = decode_text(model, cache, u, 1.0, stop=[TokenSequence((MARK,))])
     assert (
         len(sizes) > 1 and all(2 * b <= a for a, b in zip([12, *sizes], sizes)) and sum(sizes) < 12
     )
     assert len({len(t.ids) for t in turns}) > 4 and {t.ended for t in turns} == {True, False}
     for r, t in enumerate(turns):
         alone = held(ask[r : r + 1])
-        [want] = decode(model, alone, u[r : r + 1], 1.0, stop=[TokenSequence((MARK,))])
+        [want] = decode_text(model, alone, u[r : r + 1], 1.0, stop=[TokenSequence((MARK,))])
         n = int(alone.lens[0])
         assert (t.ids, t.ended) == (want.ids, want.ended) and t.logp == pytest.approx(
             want.logp, abs=1e-5
@@ -388,7 +399,7 @@ def test_positions_equal_training(mode):
     model = talker(1)
     (z, image), texts = picture('seen'), [TextSegment((30, 31, 32)), TextSegment((40,))]
     cache = KVCache(model.mot.cfg, 1, 80)
-    start, back = asked(model, 1)[0], reinject(model, z, mode, image)
+    start, back = asked(model, 1)[0], RETURN_MODES[mode](z, image)
     for piece in (start, texts[:1], back, texts[1:]):
         prefill(model, cache, [piece])
     p = pack(
@@ -418,8 +429,10 @@ def test_decode_leaves_the_text(how):
     cache, free = fresh(), fresh()
     prefill(model, cache, ask)
     prefill(model, free, ask)
-    first = decode(model, free, u, 1.0)[0].ids
-    turns = decode(model, cache, u, 1.0, stop=[TokenSequence(first[2:5])] if how == 'stop' else ())
+    first = decode_text(model, free, u, 1.0)[0].ids
+    turns = decode_text(
+        model, cache, u, 1.0, stop=[TokenSequence(first[2:5])] if how == 'stop' else ()
+    )
     if how == 'stop':
         assert turns[0].ids == first[:5] and len(turns[0].logp) == 5 and not turns[0].ended
     if how == 'limit':
@@ -441,7 +454,9 @@ def test_end_token_after_the_last_place(monkeypatch):
     "A text of full length may still end by itself: the end token is then an action, any other token is not."
     model, said = talker(6), iter([(30, 30), (30, 30), (1, 30)])
     monkeypatch.setattr(
-        clear_nb.generate, 'draw', lambda logits, *_: (torch.tensor(next(said)), -torch.ones(2))
+        clear_nb.decode,
+        'draw_tokens',
+        lambda logits, *_: (torch.tensor(next(said)), -torch.ones(2)),
     )
     a, b = decode_alone(model, torch.zeros(2, 3))
     assert (
@@ -454,7 +469,7 @@ def test_end_token_after_the_last_place(monkeypatch):
 def decode_alone(model, u):
     cache = KVCache(model.mot.cfg, 2, 60)
     prefill(model, cache, asked(model))
-    return decode(model, cache, u)
+    return decode_text(model, cache, u)
 
 
 def test_bans():
@@ -464,7 +479,7 @@ def test_bans():
     for seq in (free[:1], free[3:5], free[5:9]):
         cache = KVCache(model.mot.cfg, 2, 60)
         prefill(model, cache, asked(model))
-        ids = decode(model, cache, u, banned=[TokenSequence(tuple(seq))])[0].ids
+        ids = decode_text(model, cache, u, banned=[TokenSequence(tuple(seq))])[0].ids
         at = next(i for i in range(len(free)) if free[i : i + len(seq)] == list(seq)) + len(seq) - 1
         assert ids[:at] == free[:at] and ids[at] != free[at]
         assert not any(ids[i : i + len(seq)] == list(seq) for i in range(len(ids)))
@@ -496,7 +511,7 @@ def saying(monkeypatch, *texts):
         )
         return ids, -torch.ones(len(ids))
 
-    monkeypatch.setattr(clear_nb.generate, 'draw', next_ids)
+    monkeypatch.setattr(clear_nb.decode, 'draw_tokens', next_ids)
 
 
 def test_fused_marker(monkeypatch):
@@ -535,7 +550,7 @@ def test_phrases_against_search():
             new = any(
                 after.startswith('>re>', k) and k + 4 > len(before) for k in range(len(after))
             )
-            assert phrase.said(ids[: n + 1]) == new == (ids[n] in phrase.last(ids[:n]))
+            assert phrase.ends(ids[: n + 1]) == new == (ids[n] in phrase.banned_ids(ids[:n]))
             said += new
     assert said > 10
 
@@ -561,7 +576,7 @@ def test_policies():
         r.restorations for r in run('always')
     )
     clean = [torch.full((4, 8, 8), float(k)) for k in range(2)]
-    told = run('always', oracle=clean)
+    told = run('always', restorer=GivenLatents(clean))
     assert all(d.latent is z for r, z in zip(told, clean) for d in r.restorations)
     close(scored(model, told, banned=lambda turn: [ANSWER] if turn == 0 else []), drawn(told))
     assert [r.turns[0].ids for r in told] == [r.turns[0].ids for r in run('always')] and drawn(
@@ -584,7 +599,7 @@ def test_room_is_enough(mode, monkeypatch):
         torch.full((len(logits),), MARK if next(calls) % 3 == 2 else 30),
         torch.zeros(len(logits)),
     )
-    monkeypatch.setattr(clear_nb.generate, 'draw', word)
+    monkeypatch.setattr(clear_nb.decode, 'draw_tokens', word)
     ask, s = asked(model), Sampling(max_new=3, steps=2, mode=mode)
     rolls = generate(model, ask, s)
     assert all(
@@ -592,7 +607,7 @@ def test_room_is_enough(mode, monkeypatch):
     )
     assert (
         max(token_count(replay(r, mode, model), model.shape) for r in rolls)
-        == clear_nb.generate._slots(model, ask, [(4, 8, 8)] * 2, s) - 6
+        == max(token_budget(model, p, (4, 8, 8), s) for p in ask) - 6
     )
 
 
@@ -611,7 +626,7 @@ def test_too_long_for_the_cache():
     with pytest.raises(ValueError, match='exceeds the'):
         restore(model, cache, torch.zeros(2, 4, 8, 8), 3)
     with pytest.raises(ValueError, match='exceeds the'):
-        decode(model, cache, torch.zeros(2, 9))
+        decode_text(model, cache, torch.zeros(2, 9))
 
 
 def test_refusals():
@@ -629,9 +644,9 @@ def test_refusals():
     with pytest.raises(ValueError, match='unknown .pixels.; use bridge, reencode, both'):
         Sampling(mode='pixels')
     with pytest.raises(ValueError, match="unknown way 'pixels'"):
-        reinject(model, torch.zeros(4, 8, 8), 'pixels')
+        reinject(model, [torch.zeros(4, 8, 8)], 'pixels')
     with pytest.raises(ValueError, match='1 oracle latents for 2 prompts'):
-        generate(model, ask, oracle=[torch.zeros(4, 8, 8)])
+        generate(model, ask, restorer=GivenLatents([torch.zeros(4, 8, 8)]))
     with pytest.raises(ValueError, match='pass latent_shape or split'):
         generate(model, [ask[0], ask[1][1:]])
     with pytest.raises(ValueError, match='does not fit a 4×4 table'):
@@ -715,7 +730,7 @@ def test_guided_restoration(g):
     ]
     cache = held(model, ask)
     z = [torch.randn(s[1].latent.shape, generator=torch_rng('g', k)) for k, s in enumerate(ask)]
-    done = restore(model, cache, z, 6, record=True, **guidance_caches(model, cache, ask, g))
+    done = restore(model, cache, z, 6, record=True, guide=prefill_guidance(model, cache, ask, g))
     for noise, segments, d in zip(z, ask, done):
         want = naive_restore(model, segments, noise, g, 6)
         assert (
@@ -730,7 +745,10 @@ def test_guidance_matters():
     ask = asked(model)
     cache, z = held(model, ask), Noise('z').normal([0, 1], 0, (4, 8, 8))
     run = lambda g: torch.stack(
-        [d.latent for d in restore(model, cache, z, 6, **guidance_caches(model, cache, ask, g))]
+        [
+            d.latent
+            for d in restore(model, cache, z, 6, guide=prefill_guidance(model, cache, ask, g))
+        ]
     )
     free, base = run(None), run(EDIT)
     assert torch.equal(run(replace(EDIT, text=1.0)), free) and torch.equal(
@@ -763,7 +781,7 @@ def test_branches_only_while_guided(monkeypatch):
         lambda self, x, t: rows.append(self.p.layout.sample.shape[0]) or call(self, x, t),
     )
     for g in (EDIT, replace(EDIT, image=1.0), None):
-        restore(model, cache, z, 6, **guidance_caches(model, cache, ask, g))
+        restore(model, cache, z, 6, guide=prefill_guidance(model, cache, ask, g))
     on = EDIT.at(flow.time_grid(6, 3.0))
     assert on == [False, False, True, True, False]
     assert rows == [6 if k else 2 for k in on] + [4 if k else 2 for k in on] + [2] * 5
@@ -849,12 +867,10 @@ def test_empty_branch():
         Noise('z').normal([0, 1], 0, (4, 8, 8)),
     )
     cache = held(model, ask, 12)
-    more = guidance_caches(model, cache, ask, Guidance())
-    assert (
-        more['no_text'].lens.tolist() == [0, 0] == more['no_text'].rope.tolist()
-        and 'no_image' not in more
-    )
-    for noise, segments, d in zip(z, ask, restore(model, cache, z, 5, record=True, **more)):
+    more = prefill_guidance(model, cache, ask, Guidance())
+    assert more.no_text.lens.tolist() == [0, 0] == more.no_text.rope.tolist()
+    assert more.no_image is None
+    for noise, segments, d in zip(z, ask, restore(model, cache, z, 5, record=True, guide=more)):
         want = naive_restore(model, segments, noise, Guidance(), 5)
         assert ((d.states - want).norm() / want.norm()).item() < 1e-5
     rolls = generate(
@@ -878,13 +894,12 @@ def test_guidance_refusals():
             3,
             sigma=0.1,
             step_noise=torch.zeros(2, 2, 4, 64),
-            guidance=Guidance(),
-            no_text=cache,
+            guide=GuidanceCaches(Guidance(), cache),
         )
     with pytest.raises(ValueError, match='exclude each other'):
         Sampling(sigma=0.1, guidance=Guidance())
     with pytest.raises(ValueError, match="contexts .'no_text', 'no_image'."):
-        restore(model, cache, z, 3, guidance=EDIT)
+        GuidanceCaches(EDIT)
     with pytest.raises(ValueError, match='use global, channel, text_channel'):
         Guidance(renorm='none')
     Sampling(sigma=0.1, guidance=Guidance(text=1.0))  # off
@@ -912,19 +927,18 @@ def test_denoising_reads_nothing_back(g, sigma):
     model = talker(4)
     ask, grid = uneven(model), flow.time_grid(6, 3.0)
     cache, z = held(model, ask), [torch.zeros(p[0].latent.shape) for p in ask]
-    caches = [
-        cache,
-        *(v for k, v in guidance_caches(model, cache, ask, g).items() if k != 'guidance'),
-    ]
-    on = g.at(grid) if g else [False] * 5
-    fs = clear_nb.generate._fields(model, caches, z, on)
+    guide = prefill_guidance(model, cache, ask, g)
+    velocity = VelocityField(model, cache, z)
+    if guide:
+        velocity = GuidedVelocity(model, cache, z, guide, grid)
+        assert velocity.plain and velocity.joined  # built while the numbers are there
     model.to('meta')
-    fs = {k: to_meta(f) for k, f in fs.items()}
+    velocity = to_meta(velocity)
     x, w = (
         torch.cat([patchify(z_, 4) for z_ in z]).to('meta'),
         torch.zeros(5, 10, 64, device='meta'),
     )
-    assert len(list(clear_nb.generate._denoise(x, fs, grid, on, g, sigma, w, False))) == 5
+    assert len(list(clear_nb.restore._denoise(x, velocity, grid, sigma, w, False))) == 1 + 5
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(x.sum())
 
@@ -955,7 +969,8 @@ def test_cache_against_whole_passes(temperature, top_p, vocab):
     "Tokens and their log-probabilities from the cache, three rows of different length, equal those of whole passes."
     model = talker(6)
     ask, u = uneven(model), torch.rand(3, 13, generator=torch_rng('u'))
-    turns = decode(model, held(model, ask), u, temperature, top_p, vocab=vocab)
+    cut = [FirstIds(vocab, model.language_model.lm_head.ids, 1)] if vocab else []
+    turns = decode_text(model, held(model, ask), u, temperature, top_p, banned=cut)
     for p, n, t in zip(ask, u, turns):
         ids, logp = naive_decode(model, p, n, temperature, top_p, vocab)
         assert t.ids + [1] * t.ended == ids

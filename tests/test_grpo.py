@@ -13,12 +13,14 @@ import pytest
 import torch
 from fake_server import FakeServer, Status
 
+import clear_nb.decode
 import clear_nb.generate
 from clear_nb import flow, grpo
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, torch_rng
 from clear_nb.data import all_pairs, encode_text, labelled_items, make_picture_set, prompts
-from clear_nb.generate import Noise, generate
+from clear_nb.decode import Noise
+from clear_nb.generate import generate
 from clear_nb.grpo import (
     Objective,
     accumulate_gradients,
@@ -357,8 +359,13 @@ def test_memory_formula(toy, monkeypatch):
         return made
 
     assert held(KVCache(toy.model.mot.cfg, 3, 17)) == cache_bytes(toy.model, 3, 17)
-    for name in ('KVCache', 'select'):
-        monkeypatch.setattr(f'clear_nb.generate.{name}', book(getattr(clear_nb.generate, name)))
+    for room, name in (
+        ('generate', 'KVCache'),
+        ('generate', 'select_rows'),
+        ('decode', 'select_rows'),
+    ):
+        module = getattr(clear_nb, room)
+        monkeypatch.setattr(module, name, book(getattr(module, name)))
     tops, ask = [], prompts(toy.model.tokenizer, toy.pool, toy.pairs)
     for G in (2, 4, 8):
         cfg, _ = replace(toy.cfg, group=G, max_restores=2), peak.clear()

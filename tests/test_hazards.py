@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_grpo import flat_gradient, hidden, preset, rolled, start, toy  # noqa: F401 (fixtures)
 
-from clear_nb import flow, generate, grpo, reward
+from clear_nb import flow, grpo, reward
 from clear_nb.core import torch_rng
-from clear_nb.generate import Noise, feed_token, prefill, reinject, token_budget, token_count
+from clear_nb.decode import Noise, feed_token, prefill
+from clear_nb.generate import token_budget
 from clear_nb.grpo import (
     Objective,
     accumulate_gradients,
@@ -33,9 +34,18 @@ from clear_nb.grpo import (
     train_grpo,
 )
 from clear_nb.mot import SPLIT_NOISE, KVCache, visible
+from clear_nb.restore import reinject
 from clear_nb.reward import AnswerScore, Outage, Reward, Unparsable, read_score, score_rollout
 from clear_nb.train import accelerator, optimizer
-from clear_nb.trajectory import MARKER, LatentSegment, TextSegment, VitSegment, pack, parse
+from clear_nb.trajectory import (
+    MARKER,
+    LatentSegment,
+    TextSegment,
+    VitSegment,
+    pack,
+    parse,
+    token_count,
+)
 
 MODES, POLICIES = ('bridge', 'reencode', 'both'), ('adaptive', 'never', 'direct', 'always')
 
@@ -139,7 +149,7 @@ def test_hazard_02_context(toy, mode, policy):
         return
     for r in rolls:
         for d in r.restorations:
-            d.segments = reinject(toy.model, d.latent, MODES[MODES.index(mode) - 1])
+            d.segments = reinject(toy.model, [d.latent], MODES[MODES.index(mode) - 1])[0]
     assert ratio_gap(rescored(toy.model, rolls, cfg)[0], recorded_logp(rolls)) > 1e-2
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clear_nb import bench_files, degrade, generate, scenes
+from clear_nb import bench_files, decode, degrade, scenes
 from clear_nb import mmd_bench as mb
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, read_records, rng
@@ -299,7 +299,7 @@ def test_batches_with_restorations(model, monkeypatch, name, precision, asked):
         ids = torch.where(u.to(logits.device) > 0.8, marker, logits[:, :marker].argmax(-1))
         return ids, torch.zeros(len(ids))
 
-    monkeypatch.setattr(generate, 'draw_tokens', draw)
+    monkeypatch.setattr(decode, 'draw_tokens', draw)
     real = mb.cell_results
     monkeypatch.setattr(mb, 'cell_results', lambda cells: seen.append(cells[0][1]) or real(cells))
     monkeypatch.setattr(mb, 'read_subject_answer', lambda texts, kind: ' | '.join(texts))
@@ -325,8 +325,8 @@ class Script:
     def __init__(self, texts):
         self.texts, self.calls = texts, []
 
-    def __call__(self, model, prompts, sampling, noise, oracle=None):
-        self.calls.append((prompts, sampling, noise, oracle))
+    def __call__(self, model, prompts, sampling, noise, restorer=None):
+        self.calls.append((prompts, sampling, noise, restorer and restorer.latents))
         texts = [self.texts(noise.first + k) for k in range(len(prompts))]
         return [type('R', (), dict(texts=t, restorations=t[:-1]))() for t in texts]
 

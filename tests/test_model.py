@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clear_nb.core import load_preset, rng, torch_rng
-from clear_nb.generate import prefill
+from clear_nb.decode import prefill
 from clear_nb.model import ClearConfig, ClearModel, cache_layout, freeze, init_weights, meta_model
 from clear_nb.mot import SPLIT_CAUSAL, SPLIT_FULL, SPLIT_NOISE, KVCache, visible, visible_naive
 from clear_nb.trajectory import (
@@ -388,8 +388,8 @@ def test_bagel_names(preset):
     )
     assert '<image_restore>' in model.cfg.system  # stage 1 teaches with it
     assert replace(model.cfg, system='') == ClearConfig(
-        model.cfg.llm, VitConfig(), VaeConfig(), text_ids=151665, cue=''
-    )  # the defaults are BAGEL's, but for the cue
+        model.cfg.llm, VitConfig(), VaeConfig(), text_ids=151665, think_prompt=''
+    )  # the defaults are BAGEL's, but for the think prompt
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])

@@ -14,7 +14,7 @@ from test_model import byte_tokenizer, outputs, story, tiny_model
 from transformers import Qwen2Tokenizer
 
 from clear_nb.core import ROOT, torch_rng
-from clear_nb.generate import prefill, restore
+from clear_nb.decode import prefill
 from clear_nb.model import (
     ClearConfig,
     ClearModel,
@@ -25,6 +25,7 @@ from clear_nb.model import (
     weight_files,
 )
 from clear_nb.mot import KVCache
+from clear_nb.restore import restore
 from clear_nb.trajectory import LatentSegment, TextSegment, VitSegment, pack
 from clear_nb.vae import VaeConfig, patchify, unpatchify
 from clear_nb.vit import VitConfig

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from clear_nb import flow
+from clear_nb.decode import decode_text, prefill
 from clear_nb.flow import Guidance
-from clear_nb.generate import KVCache, decode, guidance_caches, guidance_contexts, prefill, restore
 from clear_nb.images import to_uint8
 from clear_nb.model import ClearConfig, ClearModel
-from clear_nb.mot import SPLIT_CAUSAL, SPLIT_FULL, SPLIT_NOISE, visible, visible_naive
+from clear_nb.mot import SPLIT_CAUSAL, SPLIT_FULL, SPLIT_NOISE, KVCache, visible, visible_naive
+from clear_nb.restore import guidance_contexts, prefill_guidance, restore
 from clear_nb.trajectory import (
     LatentSegment,
     TextSegment,
@@ -388,7 +389,7 @@ def last(model, context, rows=1):
 def test_greedy(model, context):
     "Eight greedy tokens"
     meta = read('infer_meta')
-    turn = decode(model, last(model, context), torch.zeros(1, 9))[0]
+    turn = decode_text(model, last(model, context), torch.zeros(1, 9))[0]
     assert turn.ids == meta['greedy_argmax_per_step'] and not turn.ended
 
 
@@ -407,7 +408,7 @@ def test_stop(model, context):
     cache, shape = last(model, context), model.shape
     model.shape = replace(shape, eos=case['end_token_id'])
     try:
-        turn = decode(model, cache, torch.zeros(1, 9))[0]
+        turn = decode_text(model, cache, torch.zeros(1, 9))[0]
     finally:
         model.shape = shape
     assert turn.ended and turn.ids == case['tokens'][1:] and len(turn.logp) == len(turn.ids) + 1
@@ -468,7 +469,7 @@ def draw_image(model, context, name):
         steps,
         shift,
         record=True,
-        **guidance_caches(model, cache, [segments], g),
+        guide=prefill_guidance(model, cache, [segments], g),
     )[0]
     return d.states[-1], (d.states[:-1] - d.states[1:]) / (d.times[:-1] - d.times[1:])[
         :, None, None
@@ -490,7 +491,7 @@ def test_guidance_contexts(model, context):
     "Lengths and rotary positions of the two further contexts; in the prompt they are its beginning and its texts"
     meta, segments = read('infer_meta'), golden_segments(model, context)
     assert guidance_contexts(segments) == (segments[:3], [segments[0], segments[3]])
-    more = guidance_caches(model, fresh(model, segments), [segments], Guidance(4.0, 2.0))
+    more = prefill_guidance(model, fresh(model, segments), [segments], Guidance(4.0, 2.0))
     for kind, cache in (('cfg_text', more['no_text']), ('cfg_img', more['no_image'])):
         assert (
             cache.lens.tolist() == meta['kv_lens'][kind]
@@ -509,7 +510,7 @@ def test_batch_of_two(model):
     for c in (cache, again):
         prefill(model, c, ask)
     turns, steps = (
-        decode(model, cache, torch.zeros(2, 6)),
+        decode_text(model, cache, torch.zeros(2, 6)),
         torch.tensor(meta['batch2_tokens_step_by_sample']),
     )
     assert [t.ids for t in turns] == torch.cat([steps[1:], want[-1:].argmax(-1)]).T.tolist()

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from clear_nb import scenes
 from clear_nb.core import PATHS, rng
 from clear_nb.data import Item, corrupt, make_picture_set, prompts
-from clear_nb.generate import Noise, Sampling, generate
+from clear_nb.decode import Noise
+from clear_nb.generate import Sampling, generate
 from clear_nb.grpo import rollout_segments
 from clear_nb.model import ClearModel
 from clear_nb.trajectory import pack

@@ -21,9 +21,11 @@ from clear_nb.data import (
     prompts,
     restore_pictures,
 )
-from clear_nb.generate import Noise, Sampling, decode_for_vit, generate, vit_sides
+from clear_nb.decode import Noise
+from clear_nb.generate import Sampling, generate
 from clear_nb.grpo import train_grpo
 from clear_nb.model import ClearModel, export_bagel, init_weights
+from clear_nb.restore import decode_for_vit, vit_sides
 from clear_nb.sft import sft_row, train_sft
 from clear_nb.train import accelerator
 from clear_nb.trajectory import MARKER, Gap, LatentSegment, TextSegment, VitSegment, pack
@@ -41,7 +43,7 @@ def model():
         latent_side=8,
         vae_rule=(128, 80, 16),
         vit_rule=(98, 56, 14),
-        cue='',
+        think_prompt='',
     )
     made = (
         init_weights(ClearModel(cfg, plain.tokenizer), torch_rng('sizes'))
@@ -163,8 +165,8 @@ def test_drawn_benchmarks(model, tmp_path, name):
 
 
 def test_cue(model):
-    """A model without a cue is asked the bare question, in training and afterwards."""
-    bare, told = model.cfg, replace(model.cfg, cue='think first')
+    """A model without a think prompt is asked the bare question, in training and afterwards."""
+    bare, told = model.cfg, replace(model.cfg, think_prompt='think first')
     said = lambda cfg: model.tokenizer.decode(
         build_prompt(
             init_weights(ClearModel(cfg, model.tokenizer), torch_rng('cue')),
