@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import chunked
 
 from .core import progress_bar
-from .generate import Noise, Sampling, generate
+from .decode import Noise
+from .generate import GivenLatents, Sampling, generate
 from .model import ClearModel
 
 # %% ../nbs/bench/ask.ipynb #8bb081e5
@@ -82,7 +83,7 @@ def ask_model(
     sampling: Sampling,
     batch: int,  # items at a time
     noises: Sequence = None,  # one Noise per item; default: named by the place of the item
-    oracle: Sequence = None,  # one latent (z, h, w) per item, in place of the restored one
+    latents: Sequence = None,  # one latent (z, h, w) per item, in place of the restored one
     autocast: Callable = nullcontext,  # () -> context manager, such as `Accelerator.autocast`
     progress: str = '',  # text before a progress bar; '': no bar
 ) -> list:  # one Rollout per item, in their order
@@ -92,11 +93,10 @@ def ask_model(
     rollouts = []
     for part in progress_bar(places, progress, show=bool(progress)):
         noise = RowNoises([noises[k] for k in part])
-        given = None if oracle is None else [oracle[k] for k in part]
+        restorer = latents and GivenLatents([latents[k] for k in part])
+        prompts = contexts([items[k] for k in part])
         with autocast():
-            rollouts += generate(
-                model, contexts([items[k] for k in part]), sampling, noise, oracle=given
-            )
+            rollouts += generate(model, prompts, sampling, noise, restorer=restorer)
     return rollouts
 
 # %% ../nbs/bench/ask.ipynb #e6237c94

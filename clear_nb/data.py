@@ -36,10 +36,12 @@ from . import degrade as dg
 from . import scenes
 from .ask import ask_model
 from .core import rng
-from .generate import Noise, Sampling, decode_for_vit, prefill, restore, vit_sides
+from .decode import Noise, prefill
+from .generate import Sampling
 from .images import ResizeRule, image_tensor, open_image, resize
 from .model import ClearConfig, ClearModel
 from .mot import KVCache
+from .restore import decode_for_vit, restore, vit_sides
 from .trajectory import MARKER, TAGS, Gap, LatentSegment, TextSegment, VitSegment, tokens_of
 
 # %% ../nbs/stages/data.ipynb #c942e1e0
@@ -71,10 +73,12 @@ def encode_text(tok, text: str) -> tuple:  # token ids, nothing added
 
 
 def question_ids(
-    tok, question, think: bool, cue: str = ClearConfig.cue
-) -> tuple:  # cue: the model's
-    "Token ids of a question; the cue asks for a thought before the answer, as BAGEL's system prompt does"
-    return encode_text(tok, f'{question.prompt} {cue}' if think and cue else question.prompt)
+    tok, question, think: bool, think_prompt: str = ClearConfig.think_prompt
+) -> tuple:  # think_prompt: the model's
+    "Token ids of a question; the think prompt asks for a thought before the answer, as BAGEL's system prompt does"
+    return encode_text(
+        tok, f'{question.prompt} {think_prompt}' if think and think_prompt else question.prompt
+    )
 
 # %% ../nbs/stages/data.ipynb #84b4b7e8
 STRENGTH = dict(low=('light', 'slight'), mid=('medium', 'clear'), hard=('heavy', 'strong'))
@@ -182,7 +186,7 @@ class PictureSet:
     seen: Tensor  # (n, 3, H, W) uint8
     clean_z: Tensor
     seen_z: Tensor  # (n, z, h, w)
-    cue: str = ClearConfig.cue
+    think_prompt: str = ClearConfig.think_prompt
     system: str = ''  # of the model
 
     def __len__(self):
@@ -261,7 +265,7 @@ def lazy_picture_set(
             name: LazySequence(len(items), make, keep)
             for name, make in _views(model, items).items()
         },
-        cue=model.cfg.cue,
+        think_prompt=model.cfg.think_prompt,
         system=model.cfg.system,
     )
 
@@ -294,7 +298,7 @@ def make_picture_set(model: ClearModel, items: list, progress: str = '') -> Pict
         seen,
         clean_z,
         clean_z if same else encode(model, seen, progress=progress),
-        model.cfg.cue,
+        model.cfg.think_prompt,
         model.cfg.system,
     )
 
@@ -323,7 +327,7 @@ def prompts(tok, pool: PictureSet, pairs: list, inputs: str = 'both', think: boo
         [
             *first,
             *picture_segments(pool, i, inputs),
-            TextSegment(question_ids(tok, pool.items[i].questions[j], think, pool.cue)),
+            TextSegment(question_ids(tok, pool.items[i].questions[j], think, pool.think_prompt)),
         ]
         for i, j in pairs
     ]

@@ -10,13 +10,14 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import tiny_hf
 import torch
 from bench_rows import picture
-from fake_server import FAILURES, FakeServer, Status, hasty
+from fake_server import FAILURES, FakeServer, Status, hasty  # noqa: F401, a fixture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_generate import talker
@@ -25,19 +26,18 @@ from clear_nb.adapters import (
     CallableAdapter,
     ClearAdapter,
     HFAdapter,
-    Reply,
     ServerAdapter,
-    _RowNoise,
     open_adapter,
-    prompt_of,
     response,
 )
 from clear_nb.answer import build_prompt, sampling_of
+from clear_nb.ask import RowNoises, autocast_for, fast_precision, row_noise
 from clear_nb.bench_files import BenchmarkRow
 from clear_nb.decode import Noise
 from clear_nb.flow import Guidance
 from clear_nb.generate import generate
 from clear_nb.server import Refused
+from clear_nb.wording import Reply, prompt_of
 
 KEY = 'sk-secret-0123456789'
 
@@ -67,17 +67,13 @@ def key(monkeypatch, hasty):
 
 
 def test_prompt_of_the_release():
-    "Design §4, letter by letter: blank and line break at the end."
+    "The prompt has the wording of the release, with a blank and a line break at its end."
     s = BenchmarkRow('b', '1', 'Why?', 'C', options=dict(A='x', C='z'))
-    assert (
-        prompt_of(s)
-        == 'Question: Why?\nOptions:\nA. x\nC. z\nPlease select the correct answer from the options above. \n'
-    )
+    request = 'Please select the correct answer from the options above. \n'
+    assert prompt_of(s) == 'Question: Why?\nOptions:\nA. x\nC. z\n' + request
     assert prompt_of(replace(s, hint='h')).startswith('Hint: h\nQuestion: Why?\n')
-    assert (
-        prompt_of(replace(s, prompt='as it is ')) == 'as it is '
-        and prompt_of(replace(s, options={}, hint='h')) == 'Why?'
-    )
+    assert prompt_of(replace(s, prompt='as it is ')) == 'as it is '
+    assert prompt_of(replace(s, options={}, hint='h')) == 'Why?'
 
 
 def test_instruction_is_one_more_line():
@@ -105,7 +101,7 @@ def test_instruction_is_one_more_line():
     ],
 )
 def test_response(texts, answer):
-    "The last answer block of the last text; without a block what stands behind the thought."
+    "The last answer block counts; without a block the text behind the thought counts."
     assert response(texts) == answer
 
 
@@ -120,29 +116,27 @@ def model():
 
 
 def test_clear_is_generate(model):
-    "Each reply is what `generate` says about that row alone; batches and order change nothing; the trajectory is kept."
+    "Each reply is what `generate` says about the row alone, in any batch and order."
     adapter, samples = ClearAdapter(model, batch=3, max_new=5, steps=3), rows(5)
     replies = adapter(samples)
     for s, r in zip(samples, replies):
         image = Image.fromarray(s.pixels())
-        alone = generate(
-            model,
-            [build_prompt(model, image, s.question)],
-            sampling_of(model, max_new=5, steps=3),
-            _RowNoise(0, [s.key]),
-        )[0]
-        told = json.loads(r.detail)
-        assert (
-            told['texts'] == alone.texts
-            and told['restored'] == len(alone.restorations)
-            and r.text == response(alone.texts)
-        )
+        with autocast_for(model, fast_precision())():
+            alone = generate(
+                model,
+                [build_prompt(model, image, s.question)],
+                sampling_of(model, max_new=5, steps=3),
+                row_noise(0, s),
+            )[0]
+        detail = json.loads(r.detail)
+        assert detail['texts'] == alone.texts and r.text == response(alone.texts)
+        assert detail['restored'] == len(alone.restorations)
     assert {json.loads(r.detail)['restored'] for r in replies} - {0}  # at least one row restored
     assert [r.detail for r in adapter(samples[::-1])][::-1] == [r.detail for r in replies]
 
 
 def test_prompt_is_verbatim(model):
-    "The request of a multiple-choice question keeps the blank and line break at its end; a think prompt comes behind them."
+    "The prompt keeps the blank and line break at its end; a think prompt comes behind them."
     s, tok = replace(rows(1)[0], options=dict(A='x', B='y')), model.tokenizer
     for words, end in (('', ''), ('think first', ' think first')):
         other = copy.copy(model)
@@ -154,10 +148,15 @@ def test_prompt_is_verbatim(model):
 
 
 def test_row_noise_is_drawn_like_noise():
-    "Same shapes as `Noise`, another stream per seed and row."
-    a, b = _RowNoise(0, [('x',), ('y',)]), Noise(0)
-    assert a.steps([0, 1], 0, 3, (4, 8, 8), 4).shape == b.steps([0, 1], 0, 3, (4, 8, 8), 4).shape
-    assert not torch.equal(a.uniform([0], 0, 4), _RowNoise(1, [('x',)]).uniform([0], 0, 4))
+    "Row noises have the shapes of `Noise`, and another stream per seed, row and benchmark."
+    x, y = (Namespace(benchmark='b', index=k) for k in 'xy')
+    both, b = RowNoises([row_noise(0, x), row_noise(0, y)]), Noise(0)
+    shape = 0, 3, (4, 8, 8), 4
+    assert both.steps([0, 1], *shape).shape == b.steps([0, 1], *shape).shape
+    assert torch.equal(both.uniform([1], 0, 4), RowNoises([row_noise(0, y)]).uniform([0], 0, 4))
+    other = RowNoises([row_noise(1, x), row_noise(0, Namespace(benchmark='c', index='x'))])
+    drawn = [*both.uniform([0, 1], 0, 4), *other.uniform([0, 1], 0, 4)]
+    assert len({tuple(u.tolist()) for u in drawn}) == 4
 
 
 def test_clear_from_a_folder(model, tmp_path):
@@ -179,7 +178,7 @@ def test_clear_from_a_folder(model, tmp_path):
 
 
 def test_clear_guidance(model):
-    "A mapping reaches the restoration as guidance; wrong names and values are told at once."
+    "A mapping becomes guidance; wrong names and values are refused at once."
     guided = ClearAdapter(
         model, max_new=5, steps=3, policy='always', guidance=dict(text=4, image=2)
     )
@@ -204,15 +203,15 @@ def test_clear_guidance(model):
 
 
 def test_clear_outages(model):
-    "No room and no picture: outages with a sentence; the neighbours answer."
+    "A question without room and a broken picture are outages; the neighbours answer."
     a, b, c = rows(3)
-    said = ClearAdapter(model, max_new=5, steps=3)(
+    replies = ClearAdapter(model, max_new=5, steps=3)(
         [a, replace(b, question='a' * 400), replace(c, image=b'x')]
     )
     assert (
-        [r.kind for r in said] == ['answer', 'outage', 'outage']
-        and 'shorten the question' in said[1].detail
-        and 'cannot be decoded' in said[2].detail
+        [r.kind for r in replies] == ['answer', 'outage', 'outage']
+        and 'shorten the question' in replies[1].detail
+        and 'cannot be decoded' in replies[2].detail
     )
 
 
@@ -223,7 +222,7 @@ def test_clear_outages(model):
     'make', [tiny_hf.llava, tiny_hf.plain_llava, tiny_hf.qwen, tiny_hf.idefics]
 )
 def test_hf_batches(make, tmp_path):
-    "Padded batches say what single rows say; replies differ between rows, so they depend on what is shown."
+    "Padded batches say what single rows say, and replies depend on picture and text."
     adapter = HFAdapter(make(tmp_path / 'm'), batch=3, max_new_tokens=8, device='cpu')
     samples = rows(4)
     texts = [r.text for r in adapter(samples)]
@@ -254,7 +253,7 @@ def test_hf_is_the_model(tmp_path):
 
 
 def test_hf_refusals(tmp_path):
-    "One sentence: no folder, no model, code in the folder, missing weights."
+    "A missing folder, model or weight, and code in a folder, are refused with one sentence."
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'code').mkdir()
     (tmp_path / 'code' / 'config.json').write_text(
@@ -287,19 +286,19 @@ def test_hf_refusals(tmp_path):
 
 
 def test_hf_rows_that_fail(tmp_path):
-    "A prompt with the picture's own token, and a broken picture, leave the others alone."
+    "A prompt with the picture's token and a broken picture leave the other rows alone."
     adapter, (a, b, c, d) = (
         HFAdapter(tiny_hf.llava(tmp_path / 'm'), max_new_tokens=4, device='cpu'),
         rows(4),
     )
-    said = adapter([a, replace(b, question='<image> what?'), replace(c, image=b''), d])
-    assert [r.kind for r in said] == ['answer', 'outage', 'outage', 'answer'] and said[
+    replies = adapter([a, replace(b, question='<image> what?'), replace(c, image=b''), d])
+    assert [r.kind for r in replies] == ['answer', 'outage', 'outage', 'answer'] and replies[
         3
     ].text == adapter([d])[0].text
 
 
 def test_hf_memory(tmp_path, monkeypatch):
-    "Where three rows do not fit, they are asked one by one."
+    "Three rows that do not fit are asked one by one."
     adapter = HFAdapter(tiny_hf.llava(tmp_path / 'm'), max_new_tokens=4, device='cpu')
     wanted, inner, sizes = [r.text for r in adapter(rows(3))], HFAdapter._texts, []
 
@@ -321,15 +320,15 @@ def asks(server, **kw):
 
 
 def test_server_gets_the_row():
-    "The request: picture as the file's own bytes, prompt, model, greedy; the reply stripped, with what else is known."
+    "The request holds the bytes of the file, prompt and model; the reply is stripped."
     with FakeServer(default=' B \n') as server:
         jpeg = replace(rows(1)[0], image=picture(0, kind='JPEG'))
-        said = asks(server, instruction='Letter.')([jpeg])[0]
+        replies = asks(server, instruction='Letter.')([jpeg])[0]
         [r] = server.requests
     assert (
-        said.text == 'B'
-        and json.loads(said.detail) == dict(finish='stop', model='m')
-        and said.seconds > 0
+        replies.text == 'B'
+        and json.loads(replies.detail) == dict(finish='stop', model='m')
+        and replies.seconds > 0
     )
     assert (
         r.headers['authorization'] == f'Bearer {KEY}'
@@ -392,7 +391,7 @@ def test_server_sees_what_the_others_see(kind, mode, turned, own):
 
 
 def test_server_failures_pass():
-    "429, 500, a hang, a lost connection and nonsense, mixed: every row gets its own answer, once."
+    "Every row gets its own answer once, whatever failures come between."
     samples, script = (
         [replace(s, question=f'row {s.index}') for s in rows(16)],
         [x for f in FAILURES.values() for x in (f, lambda r: f'answer to {r.text}')],
@@ -412,25 +411,29 @@ def test_server_outages():
             Status(400) if 'bad' in r.text else Status(500) if 'down' in r.text else 'B'
         )
     ) as server:
-        said = asks(server, tries=3)([a, replace(b, question='bad'), replace(c, question='down')])
+        replies = asks(server, tries=3)(
+            [a, replace(b, question='bad'), replace(c, question='down')]
+        )
         asked = Counter(r.text for r in server.requests)
-    assert [r.text for r in said] == ['B', None, None] and asked['bad'] == 1 and asked['down'] == 3
-    assert 'code: 400' in said[1].detail and 'code: 500' in said[2].detail
+    assert (
+        [r.text for r in replies] == ['B', None, None] and asked['bad'] == 1 and asked['down'] == 3
+    )
+    assert 'code: 400' in replies[1].detail and 'code: 500' in replies[2].detail
 
 
 def test_server_absent():
-    "Nobody listens: outages, no exception."
-    said = ServerAdapter('m', 'http://127.0.0.1:9/v1', tries=2)(rows(2))
-    assert [r.kind for r in said] == ['outage'] * 2 and 'APIConnectionError: [Errno 111]' in said[
-        0
-    ].detail
+    "An address without a server gives outages and no exception."
+    replies = ServerAdapter('m', 'http://127.0.0.1:9/v1', tries=2)(rows(2))
+    assert [r.kind for r in replies] == [
+        'outage'
+    ] * 2 and 'APIConnectionError: [Errno 111]' in replies[0].detail
 
 
 @pytest.mark.parametrize(
     'status, what', [(401, 'refused the key in OPENAI_API_KEY'), (404, "knows no model 'm'")]
 )
 def test_server_refuses(status, what):
-    "One sentence, no repetition, no further row; what was answered before travels along."
+    "A refusal is one sentence and stops the run; earlier replies travel with the error."
     with FakeServer(['B'] * 3, default=Status(status)) as server:
         with pytest.raises(Refused, match=what) as e:
             asks(server, workers=1)(rows(8))
@@ -450,7 +453,7 @@ def test_retry_after_is_obeyed():
 
 
 def test_concurrency_and_rate():
-    "As many calls in flight as workers, and starts spaced by the rate, repetitions included."
+    "Calls in flight are as many as workers, and all starts keep the rate."
     gate = threading.Barrier(4)
     with FakeServer(default=lambda r: gate.wait(10) and 'B' or 'B') as server:
         asks(server, workers=4)(rows(8))
@@ -462,17 +465,17 @@ def test_concurrency_and_rate():
 
 
 def test_key_never_leaks(caplog, capsys, monkeypatch):
-    "Not in details, settings, repr, logs, tracebacks or messages, even when an error repeats it."
+    "The key stands in no detail, setting, log or message, even when an error repeats it."
     caplog.set_level(logging.DEBUG)
-    said = []
+    replies = []
     with FakeServer(['B', Status(500, KEY), Status(400, KEY)], default=Status(401, KEY)) as server:
         adapter = asks(server, workers=1, tries=1)
-        said += adapter(rows(3))
+        replies += adapter(rows(3))
         try:
             adapter(rows(1))
         except Refused as e:
-            said += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
-    said += [
+            replies += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
+    replies += [
         repr(adapter),
         adapter.settings,
         vars(adapter),
@@ -480,8 +483,10 @@ def test_key_never_leaks(caplog, capsys, monkeypatch):
         caplog.text,
         *capsys.readouterr(),
     ]
-    assert said[0].text == 'B' and all(r.kind == 'outage' and '***' in r.detail for r in said[1:3])
-    assert KEY not in ' '.join(map(str, said)) and len(said) > 8
+    assert replies[0].text == 'B' and all(
+        r.kind == 'outage' and '***' in r.detail for r in replies[1:3]
+    )
+    assert KEY not in ' '.join(map(str, replies)) and len(replies) > 8
     monkeypatch.setenv('OTHER_KEY', 'sk-\nInjected: x')
     with pytest.raises(ValueError, match='OTHER_KEY does not hold a key') as e:
         ServerAdapter('m', 'http://h/v1', key_env='OTHER_KEY')
@@ -489,7 +494,7 @@ def test_key_never_leaks(caplog, capsys, monkeypatch):
 
 
 def test_no_key(monkeypatch):
-    "A local server needs none."
+    "A local server needs no key."
     monkeypatch.delenv('OPENAI_API_KEY')
     with FakeServer(default='B') as server:
         assert (
@@ -509,13 +514,13 @@ def test_python_function_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     a, b, c, d = rows(4)
-    said = open_adapter('python:my_function_of_tests:width')(
+    replies = open_adapter('python:my_function_of_tests:width')(
         [a, b, replace(c, question='fail'), replace(d, image=b'')]
     )
     assert (
-        [r.text for r in said] == ['40', None, None, None]
-        and 'NoneType' in said[1].detail
-        and "KeyError: 'gone'" in said[2].detail
+        [r.text for r in replies] == ['40', None, None, None]
+        and 'NoneType' in replies[1].detail
+        and "KeyError: 'gone'" in replies[2].detail
     )
 
 
@@ -528,7 +533,7 @@ def test_python_function_by_name(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_signature(tmp_path, monkeypatch, code, why):
-    "What cannot be called with two arguments is refused before a row is asked, with the signature that is wanted."
+    "A function that does not take two arguments is refused before a row is asked."
     name = f'signature_{abs(hash(code))}'
     (tmp_path / f'{name}.py').write_text(code + '\n')
     monkeypatch.syspath_prepend(tmp_path)
@@ -538,7 +543,7 @@ def test_wrong_signature(tmp_path, monkeypatch, code, why):
 
 
 def test_version_of_a_function(tmp_path, monkeypatch):
-    "The file that defines it, also behind a decorator or with arguments filled in; edited, it is another run."
+    "The hash is that of the file, also behind a decorator or a partial; an edit changes it."
     source = tmp_path / 'versioned_of_tests.py'
     source.write_text(
         'from functools import lru_cache, partial\n@lru_cache\ndef f(picture, prompt): return "A"\nclass C:\n    def __call__(self, picture, prompt): return "A"\nc, p = C(), partial(f)\n'

@@ -25,18 +25,22 @@ from PIL import Image
 from test_generate import talker
 from test_model import close
 
-import clear_nb.explore
 import clear_nb.mot
+import clear_nb.panel
 from clear_nb.answer import answer
+from clear_nb.attention import (
+    answer_tokens,
+    attention_of_last_text,
+    attention_shares,
+    image_spans,
+    token_texts,
+)
 from clear_nb.base import new_model
 from clear_nb.core import PATHS, ROOT, load_preset, rng
 from clear_nb.degrade import CORRUPTIONS
 from clear_nb.explore import (
     PHOTO,
-    Panel,
-    answer_tokens,
-    attention_on_latent,
-    attention_shares,
+    clean_estimates,
     damage,
     drawn_scene,
     explore,
@@ -44,17 +48,12 @@ from clear_nb.explore import (
     figure_pictures,
     figure_restorations,
     fit_picture,
-    heading,
-    image_spans,
-    make_panel,
     psnr,
-    state_at,
-    token_choices,
-    token_texts,
 )
 from clear_nb.flow import clean_estimate
-from clear_nb.grpo import rollout_segments
+from clear_nb.grpo import rollout_segments, state_at
 from clear_nb.model import ClearModel
+from clear_nb.panel import Panel, make_panel, token_choices
 from clear_nb.trajectory import pack
 from clear_nb.vae import unpatchify
 
@@ -72,7 +71,7 @@ def restorer():
         model = talker('explore', k, marker=12.0)
         model.cfg = replace(model.cfg, vae_rule=(32, 32, 8), vit_rule=(32, 32, 8))
         e = explore(model, noise(), QUESTION, steps=3, max_new=4)
-        if e.films and e.look:
+        if e.restorations and e.attention:
             return model
     raise AssertionError('no seed asks for a restoration')
 
@@ -95,12 +94,12 @@ def test_same_as_answer(restorer, mode):
     )
     assert (
         a.texts == e.rollout.texts
-        and len(a.images) == len(e.films) > 0
-        and (e.wanted, e.correct) == ('', None)
+        and len(a.images) == len(e.restorations) > 0
+        and (e.right_answer, e.correct) == ('', None)
     )
-    assert all(np.array_equal(x, f.restored) for x, f in zip(a.images, e.films)) and np.array_equal(
-        e.picture, e.seen
-    )
+    assert all(
+        np.array_equal(x, f.restored) for x, f in zip(a.images, e.restorations)
+    ) and np.array_equal(e.clean, e.seen)
 
 
 def test_what_is_shown_is_what_the_model_read(restorer):
@@ -121,7 +120,7 @@ def test_what_is_shown_is_what_the_model_read(restorer):
     assert np.array_equal(
         ((e.rollout.prompt[1].image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), e.seen
     ) and e.seen.shape == (24, 32, 3)
-    assert (e.seen != f.seen).any() and np.array_equal(e.picture, f.picture) and e.films == []
+    assert (e.seen != f.seen).any() and np.array_equal(e.clean, f.clean) and e.restorations == []
 
 
 @pytest.mark.parametrize('name', CORRUPTIONS)
@@ -133,12 +132,12 @@ def test_every_corruption(shipped, name):
             assert psnr(damage(picture, name, severity), picture) < math.inf
 
 
-def test_heading_is_the_velocity(restorer):
-    """Where a step was heading, from neighbouring states, equals x - t v with the velocity of one packed pass."""
+def test_clean_estimate_is_the_velocity(restorer):
+    """The clean estimate from neighbouring states equals x - t v with the velocity of a packed pass."""
     r = explore(restorer, noise(), QUESTION, steps=4, max_new=4, shift=2.0).rollout
     d = r.restorations[0]
     z = torch.stack([state_at(d, k) for k in range(4)])
-    want = heading(z, d.times)
+    want = clean_estimates(z, d.times)
     for k in range(3):
         h = restorer(pack([rollout_segments(r, [k] * len(r.restorations))], restorer.shape))
         n, (rows, cols) = len(d.states[0]), (s // restorer.shape.latent_patch for s in z.shape[-2:])
@@ -152,7 +151,9 @@ def test_right_and_wrong(shipped):
     item = drawn_scene(1)
     q = next(q for q in item.questions if q.answer in 'ABCD')
     e = explore(shipped, item.clean, q, policy='never')
-    assert e.correct == (e.answer.upper() == q.answer) and e.wanted == f'{q.answer} ({q.truth})'
+    assert (
+        e.correct == (e.answer.upper() == q.answer) and e.right_answer == f'{q.answer} ({q.truth})'
+    )
     assert explore(shipped, item.clean, q.prompt, policy='never').correct is None
 
 
@@ -164,7 +165,11 @@ def test_fresh_weights_are_shown_too():
         drawn_scene(0).questions[0],
         'motion_blur',
     )
-    assert e.look.answer == [] and e.look.target == 'input latent' and 'no answer block' in str(e)
+    assert (
+        e.attention.answer == []
+        and e.attention.target == 'input latent'
+        and 'no answer block' in str(e)
+    )
     assert len(figure_pictures(e).axes) == 2 and figure_attention(e).subfigs[0].axes
     with pytest.raises(ValueError, match='nothing was restored'):
         figure_restorations(e)
@@ -208,7 +213,7 @@ def naive(q, k, seen):
 def test_attention_is_that_of_the_model(restorer, mode, monkeypatch):
     """Against the formula on queries, keys and masks caught inside an ordinary forward pass; rows sum to 1 over what is visible."""
     r = explore(restorer, noise(), QUESTION, steps=3, max_new=6, mode=mode).rollout
-    look, caught, inner = attention_on_latent(restorer, r), [], clear_nb.mot.attend
+    look, caught, inner = attention_of_last_text(restorer, r), [], clear_nb.mot.attend
     monkeypatch.setattr(
         clear_nb.mot,
         'attend',
@@ -248,16 +253,16 @@ def test_spans_are_the_cells(restorer, mode, names, target):
     """Each span covers exactly the cells of its picture in the packed row, in every way of returning it."""
     e = explore(restorer, noise(), QUESTION, steps=3, max_new=6, mode=mode, max_restores=1)
     p = pack([rollout_segments(e.rollout)], restorer.shape)
-    assert list(e.look.spans) == names and e.look.target == target
+    assert list(e.attention.spans) == names and e.attention.target == target
     for kind, places in (('latent', p.vae_at), ('patches', p.vit_at)):
         want = [
             k
-            for name, (at, rows, cols) in e.look.spans.items()
+            for name, (at, rows, cols) in e.attention.spans.items()
             if name.endswith(kind)
             for k in range(at, at + rows * cols)
         ]
         assert places.tolist() == want
-    assert all(abs(float(s) - 100) < 1e-3 for s in sum(attention_shares(e.look).values()))
+    assert all(abs(float(s) - 100) < 1e-3 for s in sum(attention_shares(e.attention).values()))
 
 
 def test_second_restoration_has_its_own_span(restorer):
@@ -268,7 +273,7 @@ def test_second_restoration_has_its_own_span(restorer):
         'restored latent',
         'restored latent 2',
     ]
-    assert attention_on_latent(restorer, twice).target == 'restored latent 2'
+    assert attention_of_last_text(restorer, twice).target == 'restored latent 2'
 
 
 def test_answer_tokens_of_the_shipped_tokenizer(shipped):
@@ -289,9 +294,9 @@ def test_answer_tokens_of_the_shipped_tokenizer(shipped):
 @pytest.fixture
 def lab(restorer):
     made = Panel(restorer)
-    made.wire()
+    made.connect()
     made.preview()
-    made.c.steps.value, made.c.question.value = 2, QUESTION
+    made.controls.steps.value, made.controls.question.value = 2, QUESTION
     return made
 
 
@@ -311,19 +316,19 @@ def png(a, **more):
     return out.getvalue()
 
 
-def told(lab):
-    return re.sub('<.*?>', '', lab.s.status.value)
+def status(lab):
+    return re.sub('<.*?>', '', lab.screen.status.value)
 
 
 def test_controls_are_arguments(lab, monkeypatch):
     """Every control reaches `explore`; the scene's own questions bring their answers, others do not."""
     got = []
     monkeypatch.setattr(
-        clear_nb.explore,
+        clear_nb.panel,
         'explore',
         lambda *a, **k: got.append((a, k)) or explore(*a, max_new=4, **k),
     )
-    c = lab.c
+    c = lab.controls
     c.number.value, c.corruption.value, c.severity.value, c.seed.value = 5, 'graffiti', 'mid', 3
     c.steps.value, c.mode.value, c.policy.value = 4, 'reencode', 'never'
     lab.ask()
@@ -339,9 +344,9 @@ def test_controls_are_arguments(lab, monkeypatch):
         and got[1][0][2] == drawn_scene(5).questions[2]
     )
     assert (
-        lab.e.correct is not None
-        and 'graffiti, mid; 4 denoising steps, reencode, never' in lab.s.trajectory.value
-        and told(lab).endswith(' s')
+        lab.exploration.correct is not None
+        and 'graffiti, mid; 4 denoising steps, reencode, never' in lab.screen.trajectory.value
+        and status(lab).endswith(' s')
     )
 
 
@@ -357,14 +362,16 @@ def test_controls_are_arguments(lab, monkeypatch):
 def test_bad_upload(lab, upload, sentence):
     """One sentence, no picture, the earlier result stays and the button works."""
     lab.ask()
-    before = lab.s.trajectory.value
-    lab.c.source.value, lab.c.file.value = 'upload', upload
+    before = lab.screen.trajectory.value
+    lab.controls.source.value, lab.controls.file.value = 'upload', upload
     for act in (lab.preview, lab.ask):
         act()
         assert (
-            sentence in told(lab) and told(lab).count('.') <= 4 and 'ce-error' in lab.s.status.value
+            sentence in status(lab)
+            and status(lab).count('.') <= 4
+            and 'ce-error' in lab.screen.status.value
         )
-    assert (lab.s.input.value, lab.s.trajectory.value, lab.c.ask.disabled) == (
+    assert (lab.screen.input.value, lab.screen.trajectory.value, lab.controls.ask.disabled) == (
         '',
         before,
         False,
@@ -376,52 +383,54 @@ def test_good_upload(lab):
     frames = [Image.fromarray(noise()), Image.fromarray(noise()[::-1].copy())]
     out = io.BytesIO()
     frames[0].save(out, 'gif', save_all=True, append_images=frames[1:])
-    lab.c.source.value, lab.c.file.value = 'upload', [file('a.gif', out.getvalue())]
+    lab.controls.source.value, lab.controls.file.value = 'upload', [file('a.gif', out.getvalue())]
     assert (
-        '2 frames; only the first is used' in told(lab) and lab.s.input.value.count('<figure>') == 2
+        '2 frames; only the first is used' in status(lab)
+        and lab.screen.input.value.count('<figure>') == 2
     )
-    lab.c.corruption.value, lab.c.file.value = None, [file('a.png', png(noise()))]
+    lab.controls.corruption.value, lab.controls.file.value = None, [file('a.png', png(noise()))]
     lab.ask()
     assert (
-        np.array_equal(lab.e.seen, fit_picture(lab.model, noise()))
-        and lab.e.question == QUESTION
-        and 'unchanged' in lab.s.input.value
+        np.array_equal(lab.exploration.seen, fit_picture(lab.model, noise()))
+        and lab.exploration.question == QUESTION
+        and 'unchanged' in lab.screen.input.value
     )
 
 
 def test_empty_question_and_fault(lab, monkeypatch):
     """A fault of the program is told as such, and not swallowed; the button works afterwards."""
-    lab.c.question.value = '  '
+    lab.controls.question.value = '  '
     lab.ask()
-    assert 'question is empty' in told(lab)
-    monkeypatch.setattr(clear_nb.explore, 'explore', lambda *a, **k: [][0])
-    lab.c.question.value = QUESTION
+    assert 'question is empty' in status(lab)
+    monkeypatch.setattr(clear_nb.panel, 'explore', lambda *a, **k: [][0])
+    lab.controls.question.value = QUESTION
     with pytest.raises(IndexError):
         lab.ask()
-    assert 'fault of the program' in told(lab) and not lab.c.ask.disabled
+    assert 'fault of the program' in status(lab) and not lab.controls.ask.disabled
 
 
 def test_slider_and_menu(lab):
     """The slider walks through every state of every restoration; the menu redraws the attention, also for the next exploration."""
-    lab.c.policy.value, lab.c.corruption.value = 'always', None
+    lab.controls.policy.value, lab.controls.corruption.value = 'always', None
     lab.ask()
     frames = []
     for k in range(len(lab.frames)):
-        lab.s.step.value = k
-        frames.append(lab.s.state.value)
+        lab.screen.step.value = k
+        frames.append(lab.screen.state.value)
     assert (
-        len(set(frames)) == len(frames) == 3 * len(lab.e.films) and 't = 0.00' in lab.s.when.value
+        len(set(frames)) == len(frames) == 3 * len(lab.exploration.restorations)
+        and 't = 0.00' in lab.screen.when.value
     )
-    labels, drawn = [l for l, _ in lab.s.tokens.options], lab.s.attention.value
-    lab.s.tokens.index = len(labels) - 1
-    assert lab.s.attention.value != drawn
-    drawn = lab.s.attention.value
-    lab.c.seed.value = 1
+    labels, drawn = [l for l, _ in lab.screen.tokens.options], lab.screen.attention.value
+    lab.screen.tokens.index = len(labels) - 1
+    assert lab.screen.attention.value != drawn
+    drawn = lab.screen.attention.value
+    lab.controls.seed.value = 1
     lab.ask()
     assert (
-        lab.s.attention.value != drawn
-        and lab.s.tokens.index == 0
-        and lab.s.tokens.options == tuple(token_choices(lab.e.look))
+        lab.screen.attention.value != drawn
+        and lab.screen.tokens.index == 0
+        and lab.screen.tokens.options == tuple(token_choices(lab.exploration.attention))
     )
 
 
