@@ -1,8 +1,11 @@
-"""The 16 corruptions against their plain reference, picture by picture, and two workers against one.
+"""Time the 16 corruptions against their plain reference, and two workers against one.
 
     .venv/bin/python benchmarks/degrade.py --size 512 --out degrade.json
 
-A synthetic photo. Fast and plain run in turns in one process with one OpenCV thread, and change places each round; processor seconds are counted, without the first call, which compiles mean shift. Workers are timed by the clock, so nothing else should run. Only ratios carry over to other machines.
+The picture is a synthetic photo. Fast and plain run in turns, in one process with one OpenCV
+thread, and change places each round. Processor seconds are counted, without the first call, which
+compiles mean shift. Workers are timed by the clock, so nothing else should run. Only ratios carry
+over to other machines.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from clear_nb.degrade import CORRUPTIONS, SEVERITY, UnchangedWarning, degrade, d
 
 
 def photo(size, key=0):
-    "A seeded picture with shading, blotches of all sizes, hard edges and grain: (size, size, 3) uint8"
+    "Make a seeded picture with shading, blotches of all sizes, hard edges and grain."
     g = rng('benchmark', 'photo', key)
     octaves = [
         cv2.resize(g.normal(0, 1, (n, n, 3)), (size, size), interpolation=cv2.INTER_CUBIC)
@@ -38,7 +41,7 @@ def photo(size, key=0):
 
 
 def seconds(f, name, severity, x, seed, calls):
-    "Processor seconds of one call, the mean over some"
+    "Measure the processor seconds of one call, a mean over several."
     keys = [rng('benchmark', name, severity, seed, k) for k in range(calls)]
     start = time.process_time()
     for g in keys:
@@ -47,7 +50,7 @@ def seconds(f, name, severity, x, seed, calls):
 
 
 def in_turns(name, severity, x, repeats, at_least):
-    "Seconds of both in every round, after a first call that is not counted: {'fast': [..], 'plain': [..]}"
+    "Measure the seconds of both in every round, after a first call that is not counted."
     both = {'fast': degrade, 'plain': degrade_reference.degrade}
     first = [seconds(f, name, severity, x, -1, 1) for f in both.values()]
     calls = max(1, int(at_least / max(min(first), 1e-6)))
@@ -59,7 +62,7 @@ def in_turns(name, severity, x, repeats, at_least):
 
 
 def difference(name, severity, x):
-    "Largest difference in grey levels for one draw"
+    "Compute the largest difference in grey levels for one draw."
     one, two = (
         f(x, name, severity, rng('benchmark', 'difference')).astype(int)
         for f in (degrade, degrade_reference.degrade)
@@ -68,7 +71,7 @@ def difference(name, severity, x):
 
 
 def cell(name, severity, x, repeats, at_least):
-    "Milliseconds of both, their ratio round by round, and the difference of the pictures"
+    "Collect the milliseconds of both, their ratio, and the difference of the pictures."
     t = in_turns(name, severity, x, repeats, at_least)
     each = [b / a for a, b in zip(t['fast'], t['plain'])]
     return dict(
@@ -82,7 +85,7 @@ def cell(name, severity, x, repeats, at_least):
 
 
 def table(names, x, repeats, at_least):
-    "All cells: {'name severity': ..}, printed row by row"
+    "Measure all cells, keyed by 'name severity', and print them row by row."
     print(f'{"plain ms / fast ms = ratio":24}' + ''.join(f'{s:>32}' for s in SEVERITY), flush=True)
     out = {}
     for name in names:
@@ -100,7 +103,7 @@ def table(names, x, repeats, at_least):
 
 
 def scaling(cells, size, copies, repeats):
-    "Clock seconds of `degrade_many` with one worker over those with two, for a batch of the cells"
+    "Compare the clock seconds of `degrade_many` with one worker and with two."
     names, severities = zip(*[c.split() for c in cells for _ in range(copies)])
     images = [photo(size, k) for k in range(4)]
     images = [images[k % 4] for k in range(len(names))]
@@ -122,7 +125,7 @@ def scaling(cells, size, copies, repeats):
 
 
 def batches(names, size, copies, repeats):
-    "Speed-up by a second worker: mean shift, which takes far longer than the others, is a batch of its own"
+    "Measure the speed-up by a second worker; mean shift, the slowest, is a batch of its own."
     quick = [f'{n} {s}' for n in names if n != 'mean_shift' for s in SEVERITY]
     jobs = {'all but mean_shift': (quick, copies), 'mean_shift': (['mean_shift low'], 4 * copies)}
     wanted = {k: v for k, v in jobs.items() if v[0] and (k != 'mean_shift' or k in names)}
@@ -130,18 +133,20 @@ def batches(names, size, copies, repeats):
 
 
 def report(out):
-    "The sums below the table"
+    "Add the sums below the table, and print them."
     ratios = {k: r['ratio'] for k, r in out['cells'].items()}
     out['geometric_mean'] = statistics.geometric_mean(ratios.values())
     out['slowest'] = min(ratios, key=ratios.get)
     out['largest_difference'] = max(r['difference'] for r in out['cells'].values())
     print(
-        f'geometric mean of {len(ratios)} cells {out["geometric_mean"]:.2f} (goal >= 2), slowest {out["slowest"]} {ratios[out["slowest"]]:.2f} (goal >= 0.9), '
+        f'geometric mean of {len(ratios)} cells {out["geometric_mean"]:.2f} (goal >= 2), '
+        f'slowest {out["slowest"]} {ratios[out["slowest"]]:.2f} (goal >= 0.9), '
         f'largest difference {out["largest_difference"]} grey level(s) (goal <= 1)'
     )
     for k, r in out['workers'].items():
         print(
-            f'2 workers over 1, {k}, {r["pictures"]} pictures: {r["median"]:.2f} ({r["min"]:.2f} to {r["max"]:.2f}, goal >= 1.8)',
+            f'2 workers over 1, {k}, {r["pictures"]} pictures: {r["median"]:.2f} '
+            f'({r["min"]:.2f} to {r["max"]:.2f}, goal >= 1.8)',
             flush=True,
         )
 
@@ -190,7 +195,7 @@ def main(argv=None):
         cv2.setNumThreads(threads)
     report(out)
     if a.out:
-        a.out.write_text(json.dumps(out, indent=1))
+        a.out.write_text(json.dumps(out, indent=1), encoding='utf-8')
     return out
 
 

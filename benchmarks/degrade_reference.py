@@ -1,6 +1,10 @@
-"""The 16 corruptions of MMD-Bench in their plainest form: full 2-D filters, drawings blended over the whole picture, nothing kept between calls.
+"""Define the 16 corruptions of MMD-Bench in their plainest form.
 
-`clear_nb.degrade` does the same with short cuts. Both draw the same random numbers in the same order, so their pictures can be compared one by one.
+Filters are full and two-dimensional, drawings are blended over the whole picture, and nothing is
+kept between calls.
+
+`clear_nb.degrade` does the same with short cuts. Both draw the same random numbers in the same
+order, so their pictures can be compared one by one.
 """
 
 import math
@@ -12,7 +16,7 @@ from clear_nb.degrade import CORRUPTIONS, REFERENCE_SIDE, SEVERITY
 
 
 def degrade(image, name, severity, rng=None, relative=False):
-    "One corruption of an RGB image; arguments as in `clear_nb.degrade.degrade`, names and numbers are taken as valid"
+    "Apply one corruption; arguments as in `clear_nb.degrade.degrade`, but not checked."
     i, s = (
         SEVERITY.get(severity, severity),
         max(image.shape[:2]) / REFERENCE_SIDE if relative else 1.0,
@@ -42,13 +46,13 @@ def odd(k, s, least=3):
 
 
 def canvas_of(img, s, channels):
-    "Black drawing area, the image's size divided by s"
+    "Make a black drawing area of the image's size divided by `s`."
     h, w = (max(1, round(n / s)) for n in img.shape[:2])
     return np.zeros((h, w, channels), np.uint8)
 
 
 def fit(canvas, img):
-    "Canvas at the image's size"
+    "Resize a canvas to the image."
     small = (
         canvas
         if canvas.shape[:2] == img.shape[:2]
@@ -58,12 +62,12 @@ def fit(canvas, img):
 
 
 def ints(rng, n, *ranges):
-    "n rows of integers, one per (low, high) range, both included"
+    "Draw `n` rows of integers, one per (low, high) range, both ends included."
     return rng.integers(*zip(*ranges), size=(n, len(ranges)), endpoint=True).tolist()
 
 
 def gaussian(img, k, sigma, gain=1.0):
-    "gain times the Gaussian mean over k x k pixels"
+    "Compute `gain` times the Gaussian mean over `k` x `k` pixels."
     g = cv2.getGaussianKernel(k, sigma)
     return trunc(cv2.filter2D(img.astype(np.float32), -1, g @ g.T * gain))
 
@@ -72,7 +76,7 @@ def gaussian(img, k, sigma, gain=1.0):
 
 
 def lens_blur(img, i, rng, s):
-    "Gaussian glow"
+    "Add a Gaussian glow to a dimmed picture."
     return cv2.addWeighted(
         img,
         1 - 0.7 * i,
@@ -83,7 +87,7 @@ def lens_blur(img, i, rng, s):
 
 
 def lens_flare(img, i, rng, s):
-    "Bright discs with streaks, added"
+    "Add bright discs with streaks."
     light, n = canvas_of(img, s, 1), 3 + int(30 * i)
     h, w = light.shape[:2]
     shapes = ints(rng, n, (0, w), (0, h), (10, 50), (30, 150))
@@ -96,7 +100,7 @@ def lens_flare(img, i, rng, s):
 
 
 def scale_kernel(kernel, s):
-    "Kernel at s times its size, each entry shared among its neighbours"
+    "Scale a kernel by `s`; each entry is shared among its neighbours."
     offset = (np.arange(len(kernel)) - len(kernel) // 2) * s
     reach = math.ceil(abs(offset).max() + max(1, s)) - 1
     share = np.maximum(0, 1 - abs(offset[:, None] - np.arange(-reach, reach + 1)) / max(1, s))
@@ -104,7 +108,7 @@ def scale_kernel(kernel, s):
 
 
 def motion_blur(img, i, rng, s):
-    "Mean along a stroke of random direction"
+    "Average along a stroke of random direction."
     d = max(5, int(30 * i))
     turn = cv2.getRotationMatrix2D((d / 2, d / 2), rng.uniform(0, 360), 1)
     kernel = cv2.warpAffine(np.eye(d, dtype=np.float32), turn, (d, d))
@@ -114,7 +118,7 @@ def motion_blur(img, i, rng, s):
 
 
 def dirty_lens(img, i, rng, s):
-    "Blurred ellipses, dots and smudges over the picture"
+    "Lay blurred ellipses, dots and smudges over the picture."
     dirt = canvas_of(img, s, 1)
     h, w = dirt.shape[:2]
     at = (0, w), (0, h)
@@ -132,7 +136,7 @@ def dirty_lens(img, i, rng, s):
 
 
 def hsv_saturation(img, i, rng, s):
-    "Paler colours"
+    "Make colours paler."
     hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
     hsv[..., 1] = hsv[..., 1] * np.float32(1 - i)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
@@ -142,7 +146,7 @@ def hsv_saturation(img, i, rng, s):
 
 
 def jpeg(img, quality):
-    "Through JPEG and back"
+    "Encode as JPEG and decode."
     data = cv2.imencode(
         '.jpg', cv2.cvtColor(img, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
     )[1]
@@ -150,7 +154,7 @@ def jpeg(img, quality):
 
 
 def jpeg_compression(img, i, rng, s):
-    "JPEG; a small image is enlarged for it in relative mode"
+    "Send the picture through JPEG; a small image is enlarged in relative mode."
     quality, larger = min(100, max(5, int(100 - 95 * i))), min(2, 1 / s)
     if larger <= 1:
         return jpeg(img, quality)
@@ -161,7 +165,7 @@ def jpeg_compression(img, i, rng, s):
 
 
 def block_exchange(img, i, rng, s):
-    "Cells that change places, one pair after the other"
+    "Exchange random cells, one pair after the other."
     b, out = px(min(32, int(5 + 30 * i)), s, 2 if s != 1 else 1), img.copy()
     row, col = (0, len(img) // b - 1), (0, img.shape[1] // b - 1)
     for r, c, r2, c2 in ints(rng, int(35 * i), row, col, row, col):
@@ -174,13 +178,13 @@ def block_exchange(img, i, rng, s):
 
 
 def mean_shift(img, i, rng, s):
-    "Patches of one colour"
+    "Paint flat patches with hard borders."
     radius = int(40 * i)
     return cv2.pyrMeanShiftFiltering(img, radius if s == 1 else max(1.0, radius * s), radius)
 
 
 def scan_lines(img, i, rng, s):
-    "Dark bands at equal distances"
+    "Darken bands of rows at equal distances."
     period, width = max(3, int(20 / (i + 0.1))), max(5, int(7 * i))
     band = (np.arange(max(1, round(len(img) / s))) % period < width).astype(float)
     if len(band) != len(img):
@@ -196,7 +200,7 @@ def dark_illumination(img, i, rng, s):
 
 
 def atmospheric_turbulence(img, i, rng, s):
-    "Rows displaced along a sine"
+    "Displace rows along a sine."
     h, w = img.shape[:2]
     x, y = np.arange(w), np.arange(h)[:, None]
     shift = 40 * i * s * np.sin(y / (30 * s) + 5 * i)
@@ -211,7 +215,7 @@ def gaussian_noise(img, i, rng, s):
 
 
 def color_diffusion(img, i, rng, s):
-    "Dark glow, above 0.9 with grey discs"
+    "Mix with a dark, wide blur; above 0.9 with grey discs."
     diffused = gaussian(img, odd(3 + 2 * int(20 * i), s), 50 * i * s, i**2)
     h, w = img.shape[:2]
     for x, y, r, grey in (
@@ -225,7 +229,7 @@ def color_diffusion(img, i, rng, s):
 
 
 def sharpness_change(img, i, rng, s):
-    "Extreme sharpening, 30 %"
+    "Mix in 30 % of an extremely sharpened picture."
     d = px(1, s)
     kernel = np.zeros((2 * d + 1, 2 * d + 1), np.float32)
     kernel[d, d], kernel[[0, d, d, 2 * d], [d, 0, 2 * d, d]] = 5, -1
@@ -233,7 +237,7 @@ def sharpness_change(img, i, rng, s):
 
 
 def word(canvas, i, rng):
-    "A red word, if it fits"
+    "Write a red word, if it fits."
     words = 'X', 'FAKE', 'COPY', 'VOID', 'COPYRIGHT', str(rng.integers(1, 101))
     text, font = words[rng.integers(6)], (cv2.FONT_HERSHEY_SIMPLEX, max(0.5, 5 * i))
     (w, h), (tw, th) = canvas.shape[1::-1], cv2.getTextSize(text, *font, 4)[0]
@@ -244,7 +248,7 @@ def word(canvas, i, rng):
 
 
 def graffiti(img, i, rng, s):
-    "Lines and a word, blended by their coverage"
+    "Spray lines and a word, blended by their coverage."
     canvas = canvas_of(img, s, 4)
     h, w = canvas.shape[:2]
     end = (0, w - 1), (0, h - 1)
@@ -260,7 +264,7 @@ def graffiti(img, i, rng, s):
 
 
 def watermark_damage(img, i, rng, s):
-    "Rectangles filled from their borders; above 0.5 their outline is darkened"
+    "Fill rectangles from their borders; above 0.5 their outline is darkened."
     mask = canvas_of(img, s, 1)
     h, w = mask.shape[:2]
     for x, y, dx, dy in ints(rng, int(1 + 15 * i), (0, w - 50), (0, h - 50), (50, 200), (20, 80)):

@@ -17,12 +17,17 @@ QUICK = ['--size', '64', '--repeats', '1', '--at-least', '0', '--copies', '1']
 
 
 def test_smallest_run(tmp_path, capsys):
-    """Every cell has times, a ratio and a difference; the sums agree with them; the file holds what was returned."""
+    """Every cell has times, a ratio and a difference; the sums agree with them; the file holds
+    what was returned.
+    """
     threads = cv2.getNumThreads()
     out = bench.main(
         [*QUICK, '--only', 'graffiti', 'mean_shift', '--out', str(tmp_path / 'd.json')]
     )
-    assert json.loads((tmp_path / 'd.json').read_text()) == out and cv2.getNumThreads() == threads
+    assert (
+        json.loads((tmp_path / 'd.json').read_text(encoding='utf-8')) == out
+        and cv2.getNumThreads() == threads
+    )
     assert list(out['cells']) == [f'{n} {s}' for n in ('graffiti', 'mean_shift') for s in SEVERITY]
     for c in out['cells'].values():
         assert (
@@ -64,7 +69,10 @@ def test_photo():
 def test_in_turns(monkeypatch):
     """Both see the same draws, and each starts every other round."""
     seen = []
-    note = lambda who: lambda x, name, severity, g: seen.append((who, g.integers(1 << 30)))
+
+    def note(who):
+        return lambda x, name, severity, g: seen.append((who, g.integers(1 << 30)))
+
     monkeypatch.setattr(bench, 'degrade', note('fast'))
     monkeypatch.setattr(bench.degrade_reference, 'degrade', note('plain'))
     t = bench.in_turns('graffiti', 'low', None, 3, 0)

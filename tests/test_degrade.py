@@ -160,8 +160,9 @@ def test_replayed_draws(name):
 def test_random_stats(name):
     """Our own draws have the same means as the five of the release.
 
-    Within three standard errors of the difference. Five draws tell little about their own spread, so theirs is
-    taken as the larger of the two estimates. The floor of 0.5 % is for noise, where the spread is tiny and the
+    Within three standard errors of the difference. Five draws tell little about their own spread,
+    so theirs is taken as the larger of the two estimates. The floor of 0.5 % is for noise, where
+    the spread is tiny and the
     five published seeds lie 3 standard errors low.
     """
     n = 16
@@ -192,7 +193,9 @@ def test_colours_are_rgb():
 
 @pytest.mark.parametrize('name', CORRUPTIONS)
 def test_seeded_and_pure(name):
-    """Same seed, same picture; other seed, other picture; the input is never touched; views are accepted."""
+    """Same seed, same picture; other seed, other picture; the input is never touched; views are
+    accepted.
+    """
     x = small(128)
     keep = x.copy()
     a, b, c = (degrade(x, name, 'hard', gen(k)) for k in (1, 1, 2))
@@ -204,7 +207,9 @@ def test_seeded_and_pure(name):
 
 @pytest.mark.parametrize('name', CORRUPTIONS)
 def test_relative_small(name):
-    """Every corruption visibly changes a 64 px image at hard, at many shapes, and keeps shape and type."""
+    """Every corruption visibly changes a 64 px image at hard, at many shapes, and keeps shape
+    and type.
+    """
     for h, w in ((64, 64), (48, 64), (64, 40), (97, 61), (16, 16)):
         x = cv2.resize(small(), (w, h))
         y = degrade(x, name, 'hard', gen(h), relative=True)
@@ -281,7 +286,9 @@ def test_bad_arguments(change, words):
     ],
 )
 def test_impossible_sizes(name, shape, words):
-    """Sizes at which the release crashes or silently does nothing are refused; relative mode takes them."""
+    """Sizes at which the release crashes or silently does nothing are refused; relative mode
+    takes them.
+    """
     x = cv2.resize(small(), shape[::-1])
     with pytest.raises(ValueError, match=f'{name}.*{words}'):
         degrade(x, name, 'hard', gen())
@@ -289,7 +296,9 @@ def test_impossible_sizes(name, shape, words):
 
 
 def test_smallest_sizes():
-    """What is accepted does not crash: 1 x 1 upwards, both modes, otherwise a ValueError about the size."""
+    """What is accepted does not crash: 1 x 1 upwards, both modes, otherwise a ValueError about
+    the size.
+    """
     for name in CORRUPTIONS:
         for shape in ((1, 1), (1, 9), (3, 2), (33, 70), (51, 51)):
             for relative in (False, True):
@@ -336,7 +345,9 @@ def test_many_does_not_depend_on_workers():
 
 
 def test_many_order_and_threads():
-    """Mean shift is started first, results keep their order; OpenCV's own threads are as before, also after an error."""
+    """Mean shift is started first, results keep their order; OpenCV's own threads are as before,
+    also after an error.
+    """
     before, names = (
         cv2.getNumThreads(),
         ['dark_illumination', 'mean_shift', 'dark_illumination', 'mean_shift'],
@@ -404,7 +415,9 @@ def odd_picture():
 @pytest.mark.parametrize('severity', SEVERITY)
 @pytest.mark.parametrize('name', CORRUPTIONS)
 def test_short_cuts(name, severity, relative):
-    """At most one grey level from the plain reference, and as many random numbers drawn; no exceptions."""
+    """At most one grey level from the plain reference, and as many random numbers drawn; no
+    exceptions.
+    """
     noise = gen(7).integers(0, 256, (70, 90, 3)).astype(np.uint8)
     for x in (cv2.resize(small(128), (128, 96)), odd_picture(), noise):
         one, two = gen(1), gen(1)
@@ -422,7 +435,9 @@ def test_short_cuts(name, severity, relative):
     'name', [n for n in CORRUPTIONS if n not in ('mean_shift', 'watermark_damage')]
 )
 def test_short_cuts_large(name):
-    """The same on a photo larger than 512, where lengths grow, and at intensity 1; mean shift has its own test, inpainting is one OpenCV call in both."""
+    """The same on a photo larger than 512, where lengths grow, and at intensity 1; mean shift
+    has its own test, inpainting is one OpenCV call in both.
+    """
     x = cv2.resize(read('images/astronaut512.jpg'), (700, 600))
     for severity in ('hard', 1):
         y, expected = (
@@ -433,7 +448,9 @@ def test_short_cuts_large(name):
 
 
 def test_wide_blur():
-    """Filtering means of h pixels is within one grey level of all taps, on photos and on the worst that pixels can do."""
+    """Filtering means of h pixels is within one grey level of all taps, on photos and on the
+    worst that pixels can do.
+    """
     for x in (
         read('images/astronaut512.jpg'),
         (gen(3).integers(0, 2, (301, 260, 3)) * 255).astype(np.uint8),
@@ -460,7 +477,9 @@ def any_picture(g, h, w, kind):
 
 @pytest.mark.parametrize('kind', ['photo', 'noise', 'flat', 'black_white', 'ramp'])
 def test_mean_shift_is_opencv(kind):
-    """To the byte, for any intensity, scale and size: single rows and pixels, odd sizes, halves of a pixel in the radius."""
+    """To the byte, for any intensity, scale and size: single rows and pixels, odd sizes, halves
+    of a pixel in the radius.
+    """
     g, f = gen(11), CORRUPTIONS['mean_shift'].function
     shapes = [(1, 1), (1, 60), (60, 1), (2, 3), (3, 4), (5, 5), (6, 41)] + [
         tuple(g.integers(1, 80, 2)) for _ in range(8)
@@ -487,7 +506,8 @@ print(d.__file__)
 for folder in ('cache', 'taken'):
     os.environ['XDG_CACHE_HOME'] = folder
     d._compiled_step.cache_clear()
-    print(d.degrade(x, 'mean_shift', 'low').sum(), d._compiled_step().targetoptions['nogil'], len(list(Path(folder).rglob('*.nbi'))))
+    total, files = d.degrade(x, 'mean_shift', 'low').sum(), list(Path(folder).rglob('*.nbi'))
+    print(total, d._compiled_step().targetoptions['nogil'], len(files))
 """
 
 
@@ -495,14 +515,16 @@ for folder in ('cache', 'taken'):
     sys.platform != 'linux', reason='the cache folder has another variable elsewhere'
 )
 def test_mean_shift_without_a_writable_package(tmp_path):
-    """numba is loaded by mean_shift only; the compiled loop goes to the user's cache where the package is read-only, and nowhere if that fails."""
+    """numba is loaded by mean_shift only; the compiled loop goes to the user's cache where the
+    package is read-only, and nowhere if that fails.
+    """
     shutil.copytree(
         ROOT / 'clear_nb',
         tmp_path / 'clear_nb',
         ignore=shutil.ignore_patterns('__pycache__', 'data'),
     )
     for blocked in ('clear_nb/__pycache__', 'taken'):
-        (tmp_path / blocked).write_text('a file where the folder would be')
+        (tmp_path / blocked).write_text('a file where the folder would be', encoding='utf-8')
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     env.pop('NUMBA_CACHE_DIR', None)
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""Rectified flow: against the official numbers, and against targets whose velocity is known in closed form."""
+"""Rectified flow: against the official numbers, and against targets whose velocity is known in
+closed form.
+"""
 
 import json
 from pathlib import Path
@@ -52,7 +54,7 @@ def close(a, b, rtol=1e-4):
 def test_grid_and_euler_steps_match_the_official_sampler(golden, run):
     "Fed with the recorded velocities, `euler_step` reproduces the official latent."
     meta, out = (
-        json.loads((GOLDEN / 'infer_meta.json').read_text())['image_runs'][run],
+        json.loads((GOLDEN / 'infer_meta.json').read_text(encoding='utf-8'))['image_runs'][run],
         golden['infer_outputs'],
     )
     grid = time_grid(meta['num_timesteps'], meta['timestep_shift'])
@@ -75,7 +77,9 @@ def test_time_embedding_matches_the_official_code(golden):
 
 
 def test_velocity_target_matches_the_official_loss(golden):
-    "Squared error of the official prediction against our target, on the tokens that carry the loss."
+    """Squared error of the official prediction against our target, on the tokens that carry the
+    loss.
+    """
     m, i, o = (golden[k] for k in ('model', 'train_inputs', 'train_outputs'))
     t = sample_time(i['packed_timesteps'], 2.0)
     x_t = torch.linalg.lstsq(
@@ -140,7 +144,9 @@ def test_score_equals_autograd():
 @pytest.mark.parametrize('n,shift', [(120, 1.0), (200, 3.0)])
 @pytest.mark.parametrize('sigma', [0.0, 0.3, 0.7, 1.0])
 def test_sde_keeps_every_marginal(n, shift, sigma):
-    "At several times the states of ODE and SDE are distributed like exact draws of x_t (Kolmogorov-Smirnov)."
+    """At several times the states of ODE and SDE are distributed like exact draws of x_t
+    (Kolmogorov-Smirnov).
+    """
     g, size = torch_rng('test', 'marginal', n, int(10 * sigma)), 4000
     grid = time_grid(n, shift)
     states = solve(mixture_velocity, torch.randn(size, 1, generator=g), grid, sigma, g)
@@ -150,7 +156,9 @@ def test_sde_keeps_every_marginal(n, shift, sigma):
 
 
 def test_a_wrong_drift_would_be_noticed():
-    "Control for the test above: noise without the score correction changes the marginal beyond doubt."
+    """Control for the test above: noise without the score correction changes the marginal beyond
+    doubt.
+    """
     g, grid = torch_rng('test', 'control'), time_grid(120)
     x = torch.randn(4000, 1, generator=g)
     for t, t_next in zip(grid[:-1], grid[1:]):
@@ -184,7 +192,9 @@ def test_gaussian_moments_converge_at_first_order(sigma):
 @pytest.mark.parametrize('n', [5, 20, 30, 50])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_recomputed_mean_equals_the_samplers_mean(n, dtype):
-    "For every step of the grid, from stored x and v, per-sample times: bit-equal mean and std, log-ratio 0."
+    """For every step of the grid, from stored x and v, per-sample times: bit-equal mean and std,
+    log-ratio 0.
+    """
     g, grid, velocities = torch_rng('test', 'recompute', n), time_grid(n, 3.0), []
 
     def velocity(x, t):
@@ -209,7 +219,9 @@ def test_recomputed_mean_equals_the_samplers_mean(n, dtype):
 
 
 def test_log_ratio_scale():
-    "A shift of 0.1 std in D dimensions: sum moves by D*0.005, mean by 0.005 (hazard: the mean can never reach a clip of 0.2)."
+    """A shift of 0.1 std in D dimensions: sum moves by D*0.005, mean by 0.005 (hazard: the mean
+    can never reach a clip of 0.2).
+    """
     for d in (64, 4096):
         z = torch.randn(400, d, generator=torch_rng('test', 'ratio', d))
         ratio = {
@@ -273,7 +285,9 @@ def test_times_out_of_range_raise(t, t_next, sigma):
 
 
 def test_bad_arguments_raise():
-    "Missing noise, ODE density, unknown reduction, negative sigma, odd embedding, short grid, shift 0."
+    """Missing noise, ODE density, unknown reduction, negative sigma, odd embedding, short grid,
+    shift 0.
+    """
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match='noise'):
         euler_step(x, x, 1.0, 0.5, 0.3)
@@ -303,14 +317,17 @@ def test_bad_arguments_raise():
     'text, image, floor', [(4.0, 2.0, 0.0), (1.2, 1.0, 0.5), (0.5, 3.0, 0.9), (2.0, 0.5, 0.0)]
 )
 def test_guided_velocity_token_by_token(renorm, text, image, floor):
-    "Against the formulas written out; lengths below and above that of v both occur, so the factor meets its floor and 1."
+    """Against the formulas written out; lengths below and above that of v both occur, so the
+    factor meets its floor and 1.
+    """
     g = Guidance(text, image, renorm=renorm, renorm_min=floor)
     scale = torch.exp(torch.randn(3, 2, 6, 1, generator=torch_rng('scale')) * 2)
     v, v_text, v_image = torch.randn(3, 2, 6, 4, generator=torch_rng('v')) * scale
     ours = guided_velocity(v, v_text, v_image if image > 1 else None, g)
-    factor = lambda w, v: min(
-        max((v.square().sum().sqrt() / w.square().sum().sqrt()).item(), floor), 1.0
-    )
+
+    def factor(w, v):
+        return min(max((v.square().sum().sqrt() / w.square().sum().sqrt()).item(), floor), 1.0)
+
     seen = []
     for k in range(2):
         u, w = v_text[k] + text * (v[k] - v_text[k]), None

@@ -19,7 +19,6 @@ from clear_nb.images import (
     VIT_RULE,
     VIT_TRAIN_RULE,
     ResizeRule,
-    fit_size,
     image_tensor,
     open_image,
     resize,
@@ -43,9 +42,12 @@ def photo(w=48, h=32):
 
 def png_header(w, h):
     "A PNG that claims w x h pixels and holds a handful."
-    chunk = lambda kind, data: (
-        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return (
+            struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        )
+
     return (
         b'\x89PNG\r\n\x1a\n'
         + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
@@ -57,7 +59,9 @@ def png_header(w, h):
 @pytest.mark.parametrize('name', RULES)
 def test_sizes_match_the_official_code(name):
     "Every golden size, for all four published rules."
-    cases = json.loads((GOLDEN / 'helper_cases.json').read_text())['resize_sizes'][name]
+    cases = json.loads((GOLDEN / 'helper_cases.json').read_text(encoding='utf-8'))['resize_sizes'][
+        name
+    ]
     assert len(cases) == 10
     for c in cases:
         assert RULES[name].size(c['w'], c['h'], c['img_num']) == tuple(c['out_hw'][::-1]), c
@@ -262,7 +266,9 @@ def test_absurd_sizes_are_refused_before_decoding(tmp_path, side):
 @pytest.mark.parametrize('suffix', ['png', 'gif', 'tiff', 'bmp', 'jpg'])
 @pytest.mark.filterwarnings('ignore')
 def test_twenty_thousand_pixels_are_not_decoded(tmp_path, suffix, monkeypatch):
-    "A small file whose header says 20,000 x 20,000, in formats that can say it, is refused before a pixel is decoded."
+    """A small file whose header says 20,000 x 20,000, in formats that can say it, is refused
+    before a pixel is decoded.
+    """
     f = tmp_path / f'a.{suffix}'
     photo(16, 16).save(f)
     data = bytearray(f.read_bytes())
@@ -375,4 +381,4 @@ def test_damaged_files_raise_value_errors_only(tmp_path, suffix):
 def test_fit_size_refuses_empty_images():
     "Sides below one pixel are an error."
     with pytest.raises(ValueError, match='0 x 5'):
-        fit_size(0, 5, 64, 32, 16)
+        ResizeRule(64, 32, 16).size(0, 5)

@@ -1,4 +1,6 @@
-"""Rewards: failures of the judge are no wrong answers, malformed trajectories earn no format point, order does not matter."""
+"""Rewards: failures of the judge are no wrong answers, malformed trajectories earn no format
+point, order does not matter.
+"""
 
 from types import SimpleNamespace as Space
 
@@ -129,7 +131,9 @@ def test_paper_tables():
 
 @pytest.mark.parametrize('rules', RULES_BY_NAME)
 def test_cost_of_a_restoration(rules):
-    """Ours: taken off once per restoration that was carried out, and off the total only; 0 is the paper's reward."""
+    """Ours: taken off once per restoration that was carried out, and off the total only; 0 is
+    the paper's reward.
+    """
     direct, once, said = [THINK + ANSWER], [THINK + MARKER, THINK + ANSWER], [THINK + MARKER]
     for texts, executed in ((direct, 0), (once, 1), ([THINK + MARKER] * 2 + direct, 2), (said, 0)):
         r = Space(texts=texts, parsed=parse(texts), restorations=[None] * executed)
@@ -157,7 +161,9 @@ def test_weights_come_from_the_preset():
 
 @pytest.mark.parametrize('cost', [0.0, 0.1, 0.15, 0.3])
 def test_when_restoring_pays(cost):
-    """Mean rewards of scored trajectories: restoring wins exactly above p_d − (w_dec − w_cost)/(w_acc + w_dec)."""
+    """Mean rewards of scored trajectories: restoring wins exactly above p_d − (w_dec −
+    w_cost)/(w_acc + w_dec).
+    """
     w, wrong = RewardWeights(cost=cost), THINK + '<answer>blue</answer>'
     pay = {
         (k, c): score_rollout(
@@ -168,7 +174,10 @@ def test_when_restoring_pays(cost):
         for k in (0, 1)
         for c in (0, 1)
     }
-    mean = lambda k, p: p * pay[k, 1] + (1 - p) * pay[k, 0]
+
+    def mean(k, p):
+        return p * pay[k, 1] + (1 - p) * pay[k, 0]
+
     for direct in np.linspace(0, 1, 11):
         for restored in np.linspace(0, 1, 13):
             border = direct - (w.dec - cost) / (w.acc + w.dec)
@@ -276,7 +285,9 @@ def test_signs_points_and_units(said, truth):
 
 
 def test_options_of_the_world():
-    """On real multiple-choice questions: the letter and its option are right, every other letter and option is wrong."""
+    """On real multiple-choice questions: the letter and its option are right, every other letter
+    and option is wrong.
+    """
     judge, seen = RuleJudge(), 0
     for k in range(40):
         for q in scenes.training_item(0, k)[1]:

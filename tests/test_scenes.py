@@ -42,7 +42,9 @@ def stream():
 
 
 def test_items_depend_on_seed_and_index_only():
-    "The same item twice, in another order, equals itself to the pixel; other seeds and splits give other items."
+    """The same item twice, in another order, equals itself to the pixel; other seeds and splits
+    give other items.
+    """
     first = [sc.training_item(3, i) for i in range(20)]
     for i in reversed(range(20)):
         image, questions, caption = sc.training_item(3, i)
@@ -56,7 +58,9 @@ def test_items_depend_on_seed_and_index_only():
 
 
 def test_world_is_frozen():
-    "What is drawn and asked is pinned by a checksum over words: a change of the world must be deliberate."
+    """What is drawn and asked is pinned by a checksum over words: a change of the world must be
+    deliberate.
+    """
     words = [(q.prompt, q.answer) for i in range(50) for q in sc.training_item(0, i)[1]]
     words += [sc.training_item(0, i)[2] for i in range(50)]
     words += [
@@ -85,7 +89,9 @@ def test_a_fresh_process_draws_the_same():
 
 
 def test_splits_share_no_arrangement():
-    "A scene belongs to one split by its arrangement, also in benchmarks and after the edit of a pair."
+    """A scene belongs to one split by its arrangement, also in benchmarks and after the edit of
+    a pair.
+    """
     for split in sc.SPLITS:
         drawn = [sc.sample_scene(rng('disjoint', split, i), split=split) for i in range(200)]
         drawn += [i.scene for f in sc.FAMILIES for i in sc.benchmark(f, 12, split=split)]
@@ -116,7 +122,9 @@ def test_answers_are_stratified(sets):
 
 
 def test_language_prior_does_not_help():
-    "A text-only model trained on the train split answers the MMStar family at chance and no family more than 6 points above."
+    """A text-only model trained on the train split answers the MMStar family at chance and no
+    family more than 6 points above.
+    """
     for family in sc.FAMILIES:
         n = 900 if family == 'mmstar' else 300
         train, test = sc.benchmark(family, 2 * n, seed=1, split='train'), sc.benchmark(family, n)
@@ -137,7 +145,9 @@ def test_text_only_baseline_finds_a_leak():
 
 
 def test_training_answers_are_spread(stream):
-    "No ability of the training stream has an answer that comes more than 2.5 times as often as the mean answer."
+    """No ability of the training stream has an answer that comes more than 2.5 times as often as
+    the mean answer.
+    """
     for ability, spec in sc.ABILITIES.items():
         truths = Counter(
             q.truth for *_, questions, _ in stream for q in questions if q.ability == ability
@@ -254,7 +264,9 @@ def _answer(scene, q):
 
 
 def test_answers_agree_with_a_second_opinion(sets, stream):
-    "Answers recomputed from the words of the prompt agree, and every phrase picks out exactly one thing."
+    """Answers recomputed from the words of the prompt agree, and every phrase picks out exactly
+    one thing.
+    """
     rows = [(i.scene, i.question) for s in sets.values() for i in s] + [
         (s, q) for s, _, questions, _ in stream for q in questions
     ]
@@ -294,7 +306,9 @@ def test_neighbours_agree_with_a_second_opinion(sets):
 
 
 def test_front_object_is_seen_in_front(sets):
-    "Depth is read from the picture: the overlap shows the front object, and swapping the order changes at least six pixels clearly."
+    """Depth is read from the picture: the overlap shows the front object, and swapping the order
+    changes at least six pixels clearly.
+    """
     for item in sets['cvbench']:
         if item.question.ability != 'depth':
             continue
@@ -312,7 +326,9 @@ def test_front_object_is_seen_in_front(sets):
 
 
 def test_options_hold_the_answer_once(sets):
-    "Options differ, hold the truth, stand in the prompt in their order, and letters point at them."
+    """Options differ, hold the truth, stand in the prompt in their order, and letters point at
+    them.
+    """
     for item in itertools.chain(*sets.values()):
         q = item.question
         if not q.options:
@@ -333,7 +349,9 @@ def test_options_hold_the_answer_once(sets):
 
 
 def test_circular_rolls(sets):
-    "MMBench returns the four rotations of each question on one picture: every letter is right once, the truth stays."
+    """MMBench returns the four rotations of each question on one picture: every letter is right
+    once, the truth stays.
+    """
     groups = defaultdict(list)
     for i in sets['mmbench']:
         groups[i.question.group].append(i)
@@ -349,7 +367,9 @@ def test_circular_rolls(sets):
 
 
 def test_pairs_differ_in_one_detail(sets):
-    "The two pictures of an MMVP pair share the prompt, differ in the answer and in one thing (two for depth) only."
+    """The two pictures of an MMVP pair share the prompt, differ in the answer and in one thing
+    (two for depth) only.
+    """
     groups = defaultdict(list)
     for i in sets['mmvp']:
         groups[i.question.group].append(i)
@@ -374,7 +394,9 @@ def test_streets(sets):
 
 
 def test_language(sets, stream):
-    "Prompts are short, lower case but for option letters, free of punctuation; every word is in the vocabulary."
+    """Prompts are short, lower case but for option letters, free of punctuation; every word is
+    in the vocabulary.
+    """
     words = set(sc.vocabulary())
     for q in [i.question for s in sets.values() for i in s] + [
         q for *_, qs, _ in stream for q in qs
@@ -387,7 +409,9 @@ def test_language(sets, stream):
 
 
 def test_ask_gives_different_questions():
-    "`ask` returns questions of its family, no prompt twice, and as many as wanted where the scene allows."
+    """`ask` returns questions of its family, no prompt twice, and as many as wanted where the
+    scene allows.
+    """
     scene = sc.sample_scene(rng('ask'), 'cvbench')
     questions = sc.scene_questions(scene, rng('ask', 1), 'cvbench', 8)
     assert len({q.prompt for q in questions}) == len(questions) >= 6 and {
@@ -429,7 +453,9 @@ def _naive(scene, size=64, k=6):
 
 
 def test_sprites_equal_the_naive_picture():
-    "Cached sprites draw what painting every sub-pixel draws; only pixels where two antialiased edges meet may differ."
+    """Cached sprites draw what painting every sub-pixel draws; only pixels where two antialiased
+    edges meet may differ.
+    """
     for i in range(40):
         scene = sc.sample_scene(rng('naive', i))
         gap = np.abs(_naive(scene) - scene.render())
@@ -458,7 +484,9 @@ def _sign_crops(kind, values):
     'kind,values', [('digit', sc.DIGITS), ('word', sc.SIGN_WORDS), ('arrow', sc.ARROWS)]
 )
 def test_signs_are_distinct(kind, values):
-    "A nearest-template reader (white board, no shift; shifted and contrast-free comparison) reads every clean sign."
+    """A nearest-template reader (white board, no shift; shifted and contrast-free comparison)
+    reads every clean sign.
+    """
 
     def normal(a):
         return (a - a.mean()) / a.std()
@@ -564,7 +592,9 @@ def _reader(crops, classes, n):
 
 @pytest.mark.slow
 def test_corruptions_cost_answers():
-    "A small reader of clean cells learns every detail; each hard corruption but mean_shift takes at least 8 points from one of four."
+    """A small reader of clean cells learns every detail; each hard corruption but mean_shift
+    takes at least 8 points from one of four.
+    """
     details = dict(
         shape=('object', 'value', sc.SHAPES),
         texture=('object', 'texture', sc.TEXTURES),

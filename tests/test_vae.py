@@ -66,13 +66,17 @@ def test_decoder_matches_the_official_code(vae, golden):
 
 
 def test_patch_order_matches_the_official_code(golden):
-    "Sampled tokens against the official latent; training latents through vae2llm against the official embedding."
+    """Sampled tokens against the official latent; training latents through vae2llm against the
+    official embedding.
+    """
     i, o, m = golden['train_inputs'], golden['train_outputs'], golden['model']
     out = golden['infer_outputs']
     assert torch.equal(
         unpatchify(out['image.plain.latent'], 3, 5)[None], out['image.plain.unpatchified_latent']
     )
-    shapes = json.loads((GOLDEN / 'train_meta.json').read_text())['patchified_vae_latent_shapes']
+    shapes = json.loads((GOLDEN / 'train_meta.json').read_text(encoding='utf-8'))[
+        'patchified_vae_latent_shapes'
+    ]
     z0 = torch.cat(
         [patchify(z[:, : 2 * h, : 2 * w]) for z, (h, w) in zip(o['padded_latent'], shapes)]
     )
@@ -82,7 +86,7 @@ def test_patch_order_matches_the_official_code(golden):
 
 def test_flux_shape_on_meta():
     "244 tensors, 83,819,683 parameters, and every name and shape of the released checkpoint."
-    expected = json.loads((GOLDEN / 'bagel7b_key_shapes.json').read_text())
+    expected = json.loads((GOLDEN / 'bagel7b_key_shapes.json').read_text(encoding='utf-8'))
     with torch.device('meta'):
         state = diffusers_to_flux(Vae().net.state_dict())
     assert {k: list(v.shape) for k, v in state.items()} == expected['ae'] and len(state) == 244
@@ -102,7 +106,9 @@ def test_flux_shape_on_meta():
     ],
 )
 def test_name_maps_are_inverse(cfg):
-    "diffusers -> FLUX -> diffusers is the identity, names are unique, shapes fit, for several depths."
+    """diffusers -> FLUX -> diffusers is the identity, names are unique, shapes fit, for several
+    depths.
+    """
     with torch.device('meta'):
         state = Vae(cfg).net.state_dict()
     flux = diffusers_to_flux(state)
@@ -154,7 +160,9 @@ def mixed(g):
 
 
 def test_neighbours_do_not_matter(vae):
-    "A latent is the same alone, in a batch, and in a list of mixed sizes; padding would change it."
+    """A latent is the same alone, in a batch, and in a list of mixed sizes; padding would change
+    it.
+    """
     images = mixed(torch_rng('test', 'mixed'))
     together, alone = vae.encode(images), [vae.encode(x[None])[0] for x in images]
     for a, b in zip(together, alone):
@@ -166,7 +174,9 @@ def test_neighbours_do_not_matter(vae):
 
 
 def test_sampled_noise_follows_the_order_of_the_images(vae):
-    "Draws depend on the generator and the image order, not on how images are grouped; `mean` draws nothing."
+    """Draws depend on the generator and the image order, not on how images are grouped; `mean`
+    draws nothing.
+    """
     images = mixed(torch_rng('test', 'mixed'))
     draws = vae.encode(images, 'sample', torch_rng('test', 'draw'))
     g = torch_rng('test', 'draw')

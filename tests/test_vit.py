@@ -1,4 +1,6 @@
-"""SigLIP at native resolution against the official code, transformers, and itself one image at a time."""
+"""SigLIP at native resolution against the official code, transformers, and itself one image at a
+time.
+"""
 
 import copy
 import json
@@ -72,7 +74,9 @@ def test_features_match_the_official_code(vit, golden):
 
 
 def test_patches_rebuild_to_images_and_back(vit, golden):
-    "The official patch vectors, put back into pixels, give the same features through `forward` as a list of images."
+    """The official patch vectors, put back into pixels, give the same features through `forward`
+    as a list of images.
+    """
     i = golden['train_inputs']
     lens = i['vit_token_seqlens'].tolist()
     images = []
@@ -90,7 +94,7 @@ def test_patches_rebuild_to_images_and_back(vit, golden):
 
 def test_position_ids_match_the_official_code():
     "Extrapolated and interpolated numbers of every golden grid."
-    for c in json.loads((GOLDEN / 'helper_cases.json').read_text())['position_ids']:
+    for c in json.loads((GOLDEN / 'helper_cases.json').read_text(encoding='utf-8'))['position_ids']:
         assert position_ids(c['h'], c['w'], c['side']).tolist() == c['extrapolate']
         assert (
             position_ids(c['h'], c['w'], c['side'], interpolate=True).tolist() == c['interpolate']
@@ -99,7 +103,10 @@ def test_position_ids_match_the_official_code():
 
 def test_interpolated_ties():
     "With side 70, single precision departs from floor(i*S/n) exactly at n = 25, 49, 50 and 55."
-    exact = lambda n: [i * 70 // n for i in range(n)]
+
+    def exact(n):
+        return [i * 70 // n for i in range(n)]
+
     assert [n for n in range(1, 71) if position_ids(1, n, 70, True).tolist() != exact(n)] == [
         25,
         49,
@@ -116,7 +123,7 @@ def test_tables_match_the_official_code(golden):
 
 def test_so400m_names_and_shapes():
     "All keys below `vit_model.` of the 7B checkpoint, with 26 layers, on the meta device."
-    expected = json.loads((GOLDEN / 'bagel7b_key_shapes.json').read_text())['model']
+    expected = json.loads((GOLDEN / 'bagel7b_key_shapes.json').read_text(encoding='utf-8'))['model']
     with torch.device('meta'):
         state = Vit().state_dict()
     assert {f'vit_model.{k}': list(v.shape) for k, v in state.items()} == {
@@ -190,7 +197,9 @@ def test_bf16(vit, mixed):
 
 
 def test_matches_transformers_after_conversion():
-    "A Hugging Face SigLIP tower, converted, gives the same features; one layer more is dropped as BAGEL does."
+    """A Hugging Face SigLIP tower, converted, gives the same features; one layer more is dropped
+    as BAGEL does.
+    """
     hf, ours = SiglipVisionModel(SMALL.siglip()).eval(), Vit(SMALL).eval()
     state = {
         f'vision_model.{k.removeprefix("vision_model.")}': v for k, v in hf.state_dict().items()
