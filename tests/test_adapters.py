@@ -31,7 +31,7 @@ from clear_nb.adapters import (
     response,
 )
 from clear_nb.answer import build_prompt, sampling_of
-from clear_nb.ask import RowNoises, autocast_for, fast_precision, row_noise
+from clear_nb.ask import RowNoises, row_noise
 from clear_nb.bench_files import BenchmarkRow
 from clear_nb.decode import Noise
 from clear_nb.flow import Guidance
@@ -117,17 +117,17 @@ def model():
 
 def test_clear_is_generate(model):
     "Each reply is what `generate` says about the row alone, in any batch and order."
-    adapter, samples = ClearAdapter(model, batch=3, max_new=5, steps=3), rows(5)
+    adapter = ClearAdapter(model, batch=3, max_new=5, steps=3, precision='no')
+    samples = rows(5)
     replies = adapter(samples)
     for s, r in zip(samples, replies):
         image = Image.fromarray(s.pixels())
-        with autocast_for(model, fast_precision())():
-            alone = generate(
-                model,
-                [build_prompt(model, image, s.question)],
-                sampling_of(model, max_new=5, steps=3),
-                row_noise(0, s),
-            )[0]
+        alone = generate(
+            model,
+            [build_prompt(model, image, s.question)],
+            sampling_of(model, max_new=5, steps=3),
+            row_noise(0, s),
+        )[0]
         detail = json.loads(r.detail)
         assert detail['texts'] == alone.texts and r.text == response(alone.texts)
         assert detail['restored'] == len(alone.restorations)
