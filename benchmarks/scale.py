@@ -20,6 +20,7 @@ from generation import SHAPES, build, prompt, small_config
 
 from clear_nb.core import load_preset, torch_rng, write_record
 from clear_nb.model import freeze
+from clear_nb.ranks import ranks_of
 from clear_nb.scale import StagePlan, Tokens, training_flops, training_memory
 from clear_nb.sft import sft_loss
 from clear_nb.train import accelerator, optimizer, update
@@ -59,14 +60,14 @@ def tokens(model, z, said):
 def child(shape, rows, said):
     "Three updates of one shape, printed as JSON"
     torch.set_num_threads(1)
-    acc = accelerator('no')
+    ranks = ranks_of(accelerator('no'))
     empty = resident()
     model, z = build(shape)
     freeze(model.requires_grad_(True).train(), 'vae.', 'vit_model.')
     batch, opt, seconds = [row(model, z, said, k) for k in range(rows)], optimizer(model, 1e-4), []
     for step in range(3):
         start = time.process_time()
-        update(model, opt, sft_loss(model, batch, 0.5, 0.0)[0], acc, 1.0, f'step {step}')
+        update(model, opt, sft_loss(model, batch, 0.5, 0.0)[0], ranks, f'step {step}')
         seconds.append(time.process_time() - start)
     n = torch.ones(1024, 1024)
     start = time.process_time()

@@ -69,7 +69,7 @@ def mean(
 
 # %% ../nbs/stages/ranks.ipynb #f9f976b6
 class Ranks(OneProcess):
-    "One of several processes of a run. Its operations are collective: all processes must call them."
+    "One of several processes of a run. All processes must call its operations together."
 
     def __init__(self, acc: Accelerator):
         super().__init__(acc)

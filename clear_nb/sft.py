@@ -6,7 +6,7 @@
 __all__ = ['REPLAYED', 'SFT_INPUTS', 'make_examples', 'labelled_set', 'restorations_for', 'by_image', 'restored_segments',
            'example_segments', 'RowPlan', 'sft_row', 'replay_pool', 'clean_trace', 'replay_rows', 'kl_terms',
            'depth_weights', 'no_loss', 'token_pairs', 'alignment_loss', 'sft_loss', 'term_counts', 'step_loss',
-           'stage_updates', 'as_direct', 'stage_rows', 'sft_identity', 'train_sft', 'main']
+           'stage_updates', 'as_direct', 'stage_rows', 'sft_identity', 'sft_plan', 'train_sft', 'main']
 
 # %% ../nbs/stages/sft.ipynb #b5f529e4
 from dataclasses import dataclass, replace
@@ -301,7 +301,7 @@ def sft_loss(
 
 # %% ../nbs/stages/sft.ipynb #7a1c0c02
 def term_counts(rows: list, shape) -> list:
-    "Count labels, numbers of noised latents, and paired latent tokens: the terms of the three means."
+    "Count the terms of the three means: labels, numbers of noised latents, paired tokens."
     p = pack(rows, shape)
     return [len(p.ce_at), p.target.numel(), sum(len(vae) for vae, _ in p.pairs)]
 
@@ -387,6 +387,12 @@ def sft_identity(
     return made_from(stage, params=params, inputs=inputs, precision=precision)
 
 # %% ../nbs/stages/sft.ipynb #b6e301fb
+def sft_plan(model: ClearModel, kind: str, own: dict | None, share: float) -> RowPlan:
+    "Describe the rows of a kind; the controls never restore, so nothing is decoded for them."
+    decoded = decode_restorations(model, own) if own and share and kind == 'clear' else None
+    return RowPlan(SFT_INPUTS[kind], own, share, True, decoded)
+
+
 def train_sft(
     model: ClearModel,
     training: TrainingSet,
@@ -409,9 +415,8 @@ def train_sft(
     made = sft_identity(*what, kind=kind, seed=seed)
     if kind != 'clear':
         examples = [as_direct(pictures, e, seed) for e in examples]
-    decoded = decode_restorations(model, own) if own and s.own and kind == 'clear' else None
-    plan = RowPlan(SFT_INPUTS[kind], own, s.own, True, decoded)
-    lambda_kl, groups = s.lambda_kl if kind == 'clear' else 0.0, by_image(examples)
+    groups, plan = by_image(examples), sft_plan(model, kind, own, s.own)
+    lambda_kl = s.lambda_kl if kind == 'clear' else 0.0
     prepare_model(freeze(model.to(acc.device), 'vae.', 'vit_model.'), ranks, preset.train)
 
     def loss(step):

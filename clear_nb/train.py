@@ -254,7 +254,7 @@ def state_tensors(
 
 # %% ../nbs/stages/train.ipynb #9cf231a7
 def saved_states(path) -> list:  # newest first
-    "List the states of a run: `sft_state.pt` stands for `sft_state-00000012.safetensors` and so on."
+    "List the states of a run: `s.pt` stands for `s-00000012.safetensors` and so on."
     path = Path(path)
     return sorted(path.parent.glob(f'{path.stem}-' + '[0-9]' * 8 + '.safetensors'), reverse=True)
 
