@@ -34,12 +34,18 @@ from clear_nb.core import (
     suggest,
     write_record,
 )
-from .data import PictureSet, labelled_items, make_picture_set, restore_pictures
+from clear_nb.data import (
+    PictureSet,
+    TrainingSet,
+    labelled_items,
+    make_picture_set,
+    restore_pictures,
+)
 from .grpo import rl_set, train_grpo
 from .mmd_bench import RESULT_CODE, SUBJECTS, Subject, checkpoint, run_subject, signature
 from .model import ClearModel
 from .paper import paper_table
-from .sft import replay_pool, restorations_for, train_sft, training_set
+from .sft import labelled_set, replay_pool, restorations_for, train_sft
 from .train import accelerator
 
 # %% ../nbs/study/ablations.ipynb #e0c13fb5
@@ -227,19 +233,19 @@ def _rl(model: ClearModel, p: Preset, seed: int, acc, folder: Path):  # the same
 
 # %% ../nbs/study/ablations.ipynb #8346f340
 def _examples(base: ClearModel, p: Preset, seed: int, acc) -> tuple:  # pool, examples
-    labelled, examples, _ = training_set(base, base, p, seed, acc=acc)
-    if not examples:
+    found, _ = labelled_set(base, base, p, seed, acc=acc)
+    if not found.examples:
         raise ValueError(
             f'{p.data.labelled} labelled questions: no example is left after balancing, use more'
         )
-    return labelled, examples
+    return found.pictures, found.examples
 
 
 def _own(
     model: ClearModel, labelled: PictureSet, examples: list, p: Preset, seed: int, acc
 ) -> dict:
     with acc.autocast():
-        return restorations_for(model, labelled, examples, p, seed)
+        return restorations_for(model, TrainingSet(labelled, examples), p, seed)
 
 # %% ../nbs/study/ablations.ipynb #6dd70c6e
 def _stage1(
@@ -248,8 +254,7 @@ def _stage1(
     own = _own(base, labelled, examples, p, seed, acc)
     train_sft(
         base,
-        labelled,
-        examples,
+        TrainingSet(labelled, examples),
         p,
         seed,
         'clear',
@@ -269,8 +274,7 @@ def _clear(base: ClearModel, p: Preset, seed: int, acc, folder: Path):
     own = _own(model, labelled, examples, p, seed, acc)
     train_bridge(
         model,
-        labelled,
-        examples,
+        TrainingSet(labelled, examples),
         p,
         own,
         seed,
@@ -285,8 +289,7 @@ def _matched(base: ClearModel, p: Preset, seed: int, acc, folder: Path):
     labelled, examples = _examples(base, p, seed, acc)
     train_sft(
         base,
-        labelled,
-        examples,
+        TrainingSet(labelled, examples),
         p,
         seed,
         'matched',

@@ -59,12 +59,12 @@ from clear_nb.core import (
     rng,
     write_record,
 )
-from .data import REMAKE, read_manifest
 from .images import MAX_PIXELS, open_image, plain_rgb
 from .judge import OPEN_TASK, OPTION_TASK, SHORT_TASK, LLMJudge, Replies, judge_many
 from .reward import AnswerScore, Outage, Unparsable, matches, normalise, rule_says_right
 from .scoring import answer_text, read_yesno
 from .server import Declined, Refused, Server
+from .stored import REMAKE, read_manifest
 from .trajectory import MARKER, parse
 
 # %% ../nbs/bench/builder.ipynb #d7f89218

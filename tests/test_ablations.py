@@ -17,7 +17,7 @@ from clear_nb import ablations as ab
 from clear_nb import mmd_bench
 from clear_nb.base import new_model
 from clear_nb.core import PATHS, ROOT, load_preset, read_records, stage_folder
-from clear_nb.data import labelled_items
+from clear_nb.data import TrainingSet, labelled_items
 
 SMOKE = load_preset('smoke')
 BENCHMARKS = 'mmbench', 'easyvqa'  # two are enough here
@@ -335,7 +335,7 @@ def test_budgets_are_nested():
 
 def test_too_few_labels(empty, monkeypatch):
     """Nothing left after balancing is an error that says what to do."""
-    monkeypatch.setattr(ab, 'training_set', lambda *a, **k: (None, [], 0.0))
+    monkeypatch.setattr(ab, 'labelled_set', lambda *a, **k: (TrainingSet(None), 0.0))
     with pytest.raises(ValueError, match='2 labelled questions.*use more'):
         run([ab.label_cases(SMOKE, 1)[2]], empty)
 

@@ -733,8 +733,8 @@ def test_rows_train(built, tmp_path, monkeypatch):
     """A finished build feeds all three stages, by the commands that run them at 7B."""
     from clear_nb import bridge, grpo, sft
     from clear_nb.core import PATHS, ROOT, load_preset
-    from clear_nb.data import open_training
     from clear_nb.model import ClearModel
+    from clear_nb.stored import open_training
 
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     seen = []

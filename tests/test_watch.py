@@ -10,12 +10,13 @@ from clear_nb import scenes
 from clear_nb import watch as watch_room
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, record_name
-from clear_nb.data import encode_text, labelled_items, make_picture_set
+from clear_nb.data import labelled_items, make_picture_set
 from clear_nb.decode import Turn
 from clear_nb.generate import Rollout
 from clear_nb.restore import Restoration, decode_pixels
 from clear_nb.reward import Outage, RewardWeights, score_rollout
 from clear_nb.scenes import split_of
+from clear_nb.traces import encode_text
 from clear_nb.watch import (
     ask_held_out,
     by_family,
