@@ -605,13 +605,12 @@ def subject_made_from(
     seed: int,
     weights: str,  # hash of the checkpoint
     design: str = 'mixed',
-    acc=None,
+    precision: str = 'no',
 ) -> dict:  # as of `identity.made_from`
     "Say what the outcomes of a subject are made from."
     ev = {k: v for k, v in asdict(preset.eval).items() if k != 'seeds'}
     values = dict(subject=asdict(subject), eval=ev, seed=seed, design=design)
     values['max_new'] = preset.grpo.max_new_tokens
-    precision = acc.mixed_precision if acc else 'no'
     return made_from('mmd_bench', params=values, inputs=dict(weights=weights), precision=precision)
 
 # %% ../nbs/study/mmd_bench.ipynb #0588b197
@@ -675,6 +674,7 @@ def evaluate_all(
 ) -> list:  # the records written
     "Evaluate every subject that has a checkpoint and no valid record; say what is left out."
     folder, loaded = folder or PATHS.runs / preset.name / 'cache', _Checkpoints(load)
+    precision = acc.mixed_precision if acc else 'no'
     written, memo = [], {}
     for s in choose_subjects(names):
         path, name = checkpoint(preset, seed, s.stage), variant(s, preset, design)
@@ -682,7 +682,7 @@ def evaluate_all(
             print(f'{s.name}: unknown, no checkpoint of stage {s.stage!r}')
             continue
         weights = file_hash(path) if path else weights_hash(loaded(preset, seed, s.stage))
-        made = subject_made_from(s, preset, seed, weights, design, acc)
+        made = subject_made_from(s, preset, seed, weights, design, precision)
         if path and _up_to_date(s, name, preset, seed, made, root):
             continue
         replies = replies_folder(folder, name, seed, made)
