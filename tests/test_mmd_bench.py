@@ -37,7 +37,7 @@ def asked(folder):
 
 
 def result(*cell):
-    return mb.cell_results([cell])[0]
+    return mb.cell_results([mb.AnsweredRows(*cell)])[0]
 
 
 def answers(rows):
@@ -79,7 +79,7 @@ def test_workers_change_nothing(asked, tmp_path):
 
 def test_severities_share_questions_and_corruptions(asked):
     """Only the pictures differ between severities, and they differ everywhere but at clean."""
-    levels = {s: asked('realworldqa', s, 20) for s in mb.BENCH_SEVERITIES}
+    levels = {s: asked('realworldqa', s, 20) for s in degrade.SEVERITIES}
     assert (
         len({mb.questions_hash(r) for r in levels.values()}) == 1
         and len({mb.rows_hash(r) for r in levels.values()}) == 4
@@ -280,8 +280,8 @@ def test_batches(model, name, asked):
     """The size of a batch changes nothing, for every kind of subject."""
     rows = asked('mmbench', 'hard', 4)
     cells = [
-        mb.evaluate(
-            model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6, progress=False
+        mb.subject_cell(
+            model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6
         )
         for b in (3, 16)
     ]
@@ -305,7 +305,7 @@ def test_batches_with_restorations(model, monkeypatch, name, precision, asked):
     monkeypatch.setattr(mb, 'read_subject_answer', lambda texts, kind: ' | '.join(texts))
     rows = asked('realworldqa', 'hard', 8)
     cells = [
-        mb.evaluate(
+        mb.subject_cell(
             model,
             rows,
             mb.SUBJECTS[name],
@@ -341,7 +341,7 @@ def test_what_the_generator_gets(model, monkeypatch, asked):
         )
     )
     monkeypatch.setattr(mb, 'generate', say)
-    cell = mb.evaluate(
+    cell = mb.subject_cell(
         model, rows, mb.SUBJECTS['oracle'], replace(PRESET.eval, batch=2), progress=False
     )
     assert (cell['correct'], cell['trigger']) == ('11111', '01010') and [
@@ -358,16 +358,16 @@ def test_what_the_generator_gets(model, monkeypatch, asked):
     assert torch.allclose(say.calls[1][3][0], clean[0], atol=1e-5)
     seen = mb.encode(model, torch.from_numpy(rows[2].seen.pixels()).permute(2, 0, 1)[None])
     assert torch.allclose(say.calls[1][0][0][0].latent, seen[0], atol=1e-5)
-    mb.evaluate(
+    mb.subject_cell(
         model, rows, mb.SUBJECTS['substitute'], replace(PRESET.eval, batch=2), progress=False
     )
     assert (
         torch.allclose(say.calls[4][3][0], seen[0], atol=1e-5)
         and say.calls[4][1].policy == 'adaptive'
     )
-    mb.evaluate(model, rows, mb.SUBJECTS['clear_rl'], PRESET.eval, progress=False)
+    mb.subject_cell(model, rows, mb.SUBJECTS['clear_rl'], PRESET.eval, progress=False)
     assert say.calls[-1][3] is None
-    mb.evaluate(model, rows, mb.SUBJECTS['text_cot'], PRESET.eval, progress=False)
+    mb.subject_cell(model, rows, mb.SUBJECTS['text_cot'], PRESET.eval, progress=False)
     assert (
         all(not hasattr(p[0], 'latent') for p in say.calls[-1][0])
         and say.calls[-1][1].policy == 'never'
@@ -379,7 +379,7 @@ def test_direct_answers_need_no_tags(model, monkeypatch, asked):
     rows = asked('mmvet', 'clean', 4)
     monkeypatch.setattr(mb, 'generate', Script(lambda k: [rows[k].seen.answer]))
     got = {
-        n: mb.evaluate(model, rows, mb.SUBJECTS[n], PRESET.eval, progress=False)
+        n: mb.subject_cell(model, rows, mb.SUBJECTS[n], PRESET.eval, progress=False)
         for n in ('base', 'matched')
     }
     assert [got[n]['correct'] for n in got] == ['1111', '0000'] and got['matched'][
@@ -392,7 +392,7 @@ def test_pictures_restored_before(model, monkeypatch, asked):
     rows, seen = asked('mmvet', 'hard', 12), {}
     monkeypatch.setattr(mb, 'generate', say := Script(lambda k: ['1']))
     for name in ('base_both', 'restored_base', 'self_restored_base'):
-        mb.evaluate(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32), progress=False)
+        mb.subject_cell(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32), progress=False)
         seen[name] = (
             torch.stack([(p[1].image + 1) * 127.5 for p in say.calls[-1][0]])
             .round()
