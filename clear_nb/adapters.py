@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import torch
 from fastcore.basics import chunked, patch
 from openai.resources.chat.completions import Completions
@@ -30,22 +31,24 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from clear_nb.answer import (
-    build_prompt,
     check_device,
     check_token_budget,
+    context_words,
     newest_folder,
     open_model,
+    preset_of,
     sampling_of,
-    with_think_prompt,
+    seen_picture,
 )
 from .ask import ask_model, autocast_for, fast_precision, row_noise, weights_hash
 from .bench_files import BenchmarkRow
 from .core import Clock, dataclass_from, file_hash, suggest
+from .data import Item, make_picture_set, needs_no_resize, picture_segments
 from .flow import Guidance
-from .images import plain_rgb
+from .images import ResizeRule, plain_rgb
 from .model import ClearModel
 from .server import Refused, Server
-from .trajectory import TextSegment
+from .trajectory import LatentSegment, VitSegment
 from .wording import Adapter, Reply
 
 # %% ../nbs/bench/adapters.ipynb #fe9d1090
@@ -137,7 +140,7 @@ class ClearAdapter(Adapter):
     def __init__(
         self,
         model=None,  # folder, open model, or None: the newest stage of preset tiny
-        batch: int = 16,
+        batch: int = None,  # rows at a time; None: as the preset's evaluation
         instruction: str = '',
         system: str = None,  # prompt before the picture; None: the model's own
         seed: int = 0,  # of the noise that is denoised
@@ -157,7 +160,7 @@ class ClearAdapter(Adapter):
         self.sampling = sampling_of(self.model, **sampling)
         super().__init__(
             path.resolve().name if path else 'clear',
-            batch,
+            preset_of(self.model).eval.batch if batch is None else batch,
             instruction,
             weights=file_hash(path) if path else weights_hash(self.model),
             system=self.system,
@@ -170,14 +173,40 @@ class ClearAdapter(Adapter):
         "Ask the model about rows, a batch at a time."
         return _prepare_and_run(rows, self._segments, _in_batches(self._rollouts, self.batch))
 
+    def together(self, row: BenchmarkRow) -> tuple:
+        "Keep batches inside a benchmark and a severity, as `mmd_bench` does."
+        return row.benchmark, row.severity
+
+# %% ../nbs/bench/adapters.ipynb #5ee2a1c0
+def _blank_picture(model: ClearModel, size: tuple) -> list:  # size: (width, height) in pixels
+    "Make the segments of a picture of this size without reading it."
+    cfg = model.cfg
+    wide, high = ResizeRule(*cfg.vae_rule).size(*size)
+    patched_wide, patched_high = ResizeRule(*cfg.vit_rule).size(wide, high)
+    latent = torch.empty(cfg.vae.z, high // cfg.vae.down, wide // cfg.vae.down)
+    return [LatentSegment(latent), VitSegment(torch.empty(3, patched_high, patched_wide))]
+
+
+@patch
+def _seen_pictures(self: ClearAdapter, rows: list) -> list:  # two segments per row
+    "Encode every picture once. Pictures of one size that need no resizing are encoded together."
+    names = [(r.benchmark, r.picture or r.index, r.corruption, r.severity) for r in rows]
+    pictures = {name: np.asarray(_picture(r)) for name, r in zip(names, rows)}
+    images, sizes = list(pictures.values()), {x.shape[:2] for x in pictures.values()}
+    if len(sizes) == 1 and needs_no_resize(self.model, *sizes):
+        together = make_picture_set(self.model, [Item(x, x, []) for x in images])
+        parts = [picture_segments(together, i) for i in range(len(images))]
+    else:
+        parts = [seen_picture(self.model, x) for x in images]
+    seen = dict(zip(pictures, parts))
+    return [seen[name] for name in names]
+
 # %% ../nbs/bench/adapters.ipynb #039db5ba
 @patch
 def _segments(self: ClearAdapter, row: BenchmarkRow) -> tuple:  # row, segments
-    "Make the context of a row. Raises ValueError when the reply would not fit."
-    text, tokenizer = self.prompt(row), self.model.tokenizer
-    *context, _ = build_prompt(self.model, _picture(row), text, self.system)
-    asked = tokenizer.encode(with_think_prompt(self.model, text), add_special_tokens=False)
-    prompt = [*context, TextSegment(tuple(asked))]
+    "Make the context of a row with a blank picture. Raises ValueError when the reply has no room."
+    start, words = context_words(self.model, self.prompt(row), self.system)
+    prompt = [*start, *_blank_picture(self.model, _picture(row).size), words]
     check_token_budget(self.model, prompt, self.sampling)
     return row, prompt
 
@@ -194,7 +223,9 @@ def _rollouts(
     items: list,  # (row, segments)
 ) -> list:  # Replies
     "Generate one trajectory per item and read its answer."
-    rows, prompts = zip(*items)
+    rows, blank = zip(*items)
+    seen = self._seen_pictures(rows)
+    prompts = [[*p[:-3], *parts, p[-1]] for p, parts in zip(blank, seen)]
     noises = [row_noise(self.seed, r) for r in rows]
     with Clock() as clock:
         rollouts = ask_model(

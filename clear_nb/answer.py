@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES_NEWEST_FIRST', 'ANSWER_OPTIONS', 'AnswerResult', 'newest_folder', 'default_device', 'devices', 'check_device',
-           'open_model', 'preset_of', 'sampling_of', 'with_think_prompt', 'build_prompt', 'check_token_budget',
-           'answer', 'check_out', 'save_images', 'add_command']
+           'open_model', 'preset_of', 'sampling_of', 'with_think_prompt', 'context_words', 'seen_picture',
+           'build_prompt', 'check_token_budget', 'answer', 'check_out', 'save_images', 'add_command']
 
 # %% ../nbs/bench/answer.ipynb #545fa925
 import argparse
@@ -148,7 +148,33 @@ def with_think_prompt(model: ClearModel, question: str) -> str:
     return f'{question} {model.cfg.think_prompt}'.rstrip() if model.cfg.think_prompt else question
 
 
+def context_words(
+    model: ClearModel,
+    question: str,  # put verbatim; the think prompt comes behind it
+    system: str = None,  # system prompt; None: the model's own
+) -> tuple:  # segments before the picture, segment behind it
+    "Encode the texts around the picture. Raises ValueError for a question that cannot be used."
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('the question is empty; ask something about the image.')
+    if model.tokenizer is None:
+        raise ValueError('the model has no tokenizer; open a folder with tokenizer.json.')
+
+    def words(text):
+        return TextSegment(tuple(model.tokenizer.encode(text, add_special_tokens=False)))
+
+    system = model.cfg.system if system is None else system
+    return [words(system)] if system else [], words(with_think_prompt(model, question))
+
+
 @torch.no_grad()
+def seen_picture(model: ClearModel, image) -> list:  # path, PIL image or array -> two segments
+    "Encode a picture as the model sees it. Raises ValueError or FileNotFoundError."
+    seen = resize(open_image(image), ResizeRule(*model.cfg.vae_rule))
+    latent = model.vae.encode([image_tensor(seen).to(model.device)])[0].float().cpu()
+    patches = image_tensor(resize(seen, ResizeRule(*model.cfg.vit_rule)))
+    return [LatentSegment(latent), VitSegment(patches)]
+
+
 def build_prompt(
     model: ClearModel,
     image,  # path, PIL image or uint8 array
@@ -159,21 +185,9 @@ def build_prompt(
 
     Raises ValueError or FileNotFoundError for a question or a picture that cannot be used.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError('the question is empty; ask something about the image.')
-    if model.tokenizer is None:
-        raise ValueError('the model has no tokenizer; open a folder with tokenizer.json.')
-
-    def words(text):
-        return TextSegment(tuple(model.tokenizer.encode(text, add_special_tokens=False)))
-
-    seen = resize(open_image(image), ResizeRule(*model.cfg.vae_rule))
-    latent = model.vae.encode([image_tensor(seen).to(model.device)])[0].float().cpu()
-    patches = image_tensor(resize(seen, ResizeRule(*model.cfg.vit_rule)))
-    system = model.cfg.system if system is None else system
-    start = [words(system)] if system else []
-    asked = words(with_think_prompt(model, question.strip()))
-    return [*start, LatentSegment(latent), VitSegment(patches), asked]
+    asked = question.strip() if isinstance(question, str) else question
+    start, words = context_words(model, asked, system)
+    return [*start, *seen_picture(model, image), words]
 
 # %% ../nbs/bench/answer.ipynb #540c567a
 def check_token_budget(model: ClearModel, prompt: list, s: Sampling):

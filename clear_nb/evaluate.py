@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, groupby
 from pathlib import Path
 
 import pandas as pd
@@ -298,7 +299,8 @@ def ask_rows(
     batch: int = None,  # rows per call; None: what suits the adapter
 ) -> Iterator:  # (rows, replies) of each batch
     "Ask batch by batch. ValueError when the adapter loses or adds a reply."
-    for part in chunked(rows, batch or adapter.batch):
+    groups = (own for _, own in groupby(rows, adapter.together))
+    for part in chain.from_iterable(chunked(own, batch or adapter.batch) for own in groups):
         try:
             replies = adapter(part)
         except PermissionError as e:  # server.Refused brings what was said before the refusal

@@ -21,7 +21,7 @@ from .bridge import train_bridge
 from .core import Preset, atomic_path
 from .data import TrainingSet
 from .grpo import rl_set, train_grpo
-from .identity import identity_key, made_from
+from .identity import made_from
 from .model import ClearModel
 from .sft import labelled_set, replay_pool, restorations_for, train_sft
 

@@ -69,5 +69,9 @@ class Adapter:
     def prompt(self, row) -> str:
         return prompt_of(row, self.instruction)
 
+    def together(self, row):
+        "Name what may share a call; rows with different names are never asked together."
+        return ''
+
     def __call__(self, rows: list) -> list:  # Replies
         raise NotImplementedError(f'{type(self).__name__} does not say how it asks')

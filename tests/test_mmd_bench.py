@@ -280,9 +280,7 @@ def test_batches(model, name, asked):
     """The size of a batch changes nothing, for every kind of subject."""
     rows = asked('mmbench', 'hard', 4)
     cells = [
-        mb.subject_cell(
-            model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6
-        )
+        mb.subject_cell(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6)
         for b in (3, 16)
     ]
     assert cells[0] == cells[1]
@@ -392,7 +390,9 @@ def test_pictures_restored_before(model, monkeypatch, asked):
     rows, seen = asked('mmvet', 'hard', 12), {}
     monkeypatch.setattr(mb, 'generate', say := Script(lambda k: ['1']))
     for name in ('base_both', 'restored_base', 'self_restored_base'):
-        mb.subject_cell(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32), progress=False)
+        mb.subject_cell(
+            model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32), progress=False
+        )
         seen[name] = (
             torch.stack([(p[1].image + 1) * 127.5 for p in say.calls[-1][0]])
             .round()
