@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clear_nb import scenes
-from clear_nb import watch as watch_room
+from clear_nb import ask, scenes
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, record_name
 from clear_nb.data import labelled_items, make_picture_set
@@ -143,14 +142,14 @@ def test_answers_do_not_depend_on_the_batch(toy):
 )
 def test_held_out_answers_follow_the_preset(toy, monkeypatch, options):
     """Mode, policy, number of restorations, rules and weights of stage 3 decide how held-out questions are asked and paid; text is greedy, pictures are made by the ODE."""
-    seen, plain = [], watch_room.generate
+    seen, plain = [], ask.generate
     p = load_preset('smoke', **{'eval.batch': 64, **{f'grpo.{k}': v for k, v in options.items()}})
 
-    def spy(model, asked, sampling, noise):
-        seen.append((sampling, rolls := plain(model, asked, sampling, noise)))
+    def spy(model, asked, sampling, noise, **kw):
+        seen.append((sampling, rolls := plain(model, asked, sampling, noise, **kw)))
         return rolls
 
-    monkeypatch.setattr(watch_room, 'generate', spy)
+    monkeypatch.setattr(ask, 'generate', spy)
     items, g = held_out(1), p.grpo
     found = ask_held_out(toy.model, items, p)
     [(s, rolls)] = seen
