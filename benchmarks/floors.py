@@ -6,7 +6,6 @@ Random weights of the true shape. Bandwidth and matrix speed are measured in the
 """
 
 import argparse
-import math
 import statistics
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from clear_nb.mot import KVCache, select_rows
 from clear_nb.presets import load_preset
 from clear_nb.records import write_record
 from clear_nb.restore import restore
-from clear_nb.trajectory import LatentSegment, TextSegment, VitSegment, tokens_of
+from clear_nb.trajectory import LatentSegment, VitSegment, tokens_of
 
 
 def config(name):

@@ -23,6 +23,7 @@ from generation import SHAPES, build, prompt, small_config
 from clear_nb.core import torch_rng
 from clear_nb.model import freeze
 from clear_nb.presets import load_preset
+from clear_nb.ranks import ranks_of
 from clear_nb.records import write_record
 from clear_nb.scale import StagePlan, Tokens, training_flops, training_memory
 from clear_nb.sft import sft_loss
@@ -79,7 +80,7 @@ def matrix_speed() -> float:
 def run_updates(shape, rows, generated):
     """Train one shape for three updates and print what they took as JSON."""
     torch.set_num_threads(1)
-    acc = accelerator('no')
+    ranks = ranks_of(accelerator('no'))
     empty = resident()
     model, z = build(shape)
     freeze(model.requires_grad_(True).train(), 'vae.', 'vit_model.')
@@ -87,7 +88,7 @@ def run_updates(shape, rows, generated):
     opt, seconds = optimizer(model, 1e-4), []
     for step in range(3):
         start = time.process_time()
-        update(model, opt, sft_loss(model, batch, 0.5, 0.0)[0], acc, 1.0, f'step {step}')
+        update(model, opt, sft_loss(model, batch, 0.5, 0.0)[0], ranks, f'step {step}')
         seconds.append(time.process_time() - start)
     speed = matrix_speed()
     tokens = token_numbers((z.shape[-1] // model.cfg.latent_patch) ** 2, generated)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES_NEWEST_FIRST', 'ANSWER_OPTIONS', 'AnswerResult', 'newest_folder', 'default_device', 'devices', 'check_device',
-           'open_model', 'preset_of', 'sampling_of', 'with_think_prompt', 'build_prompt', 'check_token_budget',
-           'answer', 'check_out', 'save_images', 'run_command', 'command_line', 'main']
+           'open_model', 'preset_of', 'sampling_of', 'with_think_prompt', 'context_words', 'seen_picture',
+           'build_prompt', 'check_token_budget', 'answer', 'check_out', 'save_images', 'add_command']
 
 # %% ../nbs/bench/answer.ipynb #545fa925
 import argparse
@@ -19,13 +19,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import clear_nb
 from .decode import Noise
 from .flow import time_grid
 from clear_nb.generate import (
     POLICIES,
     POLICIES_WITHOUT_RESTORATION,
-    Rollout,
     Sampling,
     generate,
     token_budget,
@@ -151,7 +149,33 @@ def with_think_prompt(model: ClearModel, question: str) -> str:
     return f'{question} {model.cfg.think_prompt}'.rstrip() if model.cfg.think_prompt else question
 
 
+def context_words(
+    model: ClearModel,
+    question: str,  # put verbatim; the think prompt comes behind it
+    system: str = None,  # system prompt; None: the model's own
+) -> tuple:  # segments before the picture, segment behind it
+    "Encode the texts around the picture. Raises ValueError for a question that cannot be used."
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('the question is empty; ask something about the image.')
+    if model.tokenizer is None:
+        raise ValueError('the model has no tokenizer; open a folder with tokenizer.json.')
+
+    def words(text):
+        return TextSegment(tuple(model.tokenizer.encode(text, add_special_tokens=False)))
+
+    system = model.cfg.system if system is None else system
+    return [words(system)] if system else [], words(with_think_prompt(model, question))
+
+
 @torch.no_grad()
+def seen_picture(model: ClearModel, image) -> list:  # path, PIL image or array -> two segments
+    "Encode a picture as the model sees it. Raises ValueError or FileNotFoundError."
+    seen = resize(open_image(image), ResizeRule(*model.cfg.vae_rule))
+    latent = model.vae.encode([image_tensor(seen).to(model.device)])[0].float().cpu()
+    patches = image_tensor(resize(seen, ResizeRule(*model.cfg.vit_rule)))
+    return [LatentSegment(latent), VitSegment(patches)]
+
+
 def build_prompt(
     model: ClearModel,
     image,  # path, PIL image or uint8 array
@@ -162,21 +186,9 @@ def build_prompt(
 
     Raises ValueError or FileNotFoundError for a question or a picture that cannot be used.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError('the question is empty; ask something about the image.')
-    if model.tokenizer is None:
-        raise ValueError('the model has no tokenizer; open a folder with tokenizer.json.')
-
-    def words(text):
-        return TextSegment(tuple(model.tokenizer.encode(text, add_special_tokens=False)))
-
-    seen = resize(open_image(image), ResizeRule(*model.cfg.vae_rule))
-    latent = model.vae.encode([image_tensor(seen).to(model.device)])[0].float().cpu()
-    patches = image_tensor(resize(seen, ResizeRule(*model.cfg.vit_rule)))
-    system = model.cfg.system if system is None else system
-    start = [words(system)] if system else []
-    asked = words(with_think_prompt(model, question.strip()))
-    return [*start, LatentSegment(latent), VitSegment(patches), asked]
+    asked = question.strip() if isinstance(question, str) else question
+    start, words = context_words(model, asked, system)
+    return [*start, *seen_picture(model, image), words]
 
 # %% ../nbs/bench/answer.ipynb #540c567a
 def check_token_budget(model: ClearModel, prompt: list, s: Sampling):
@@ -244,22 +256,6 @@ def save_images(
         image.save(place)
     return paths
 
-# %% ../nbs/bench/answer.ipynb #4c08c14b
-def run_command(
-    parser: argparse.ArgumentParser,  # sets `run`, a function of the arguments
-    argv: list = None,  # None: those of the process
-) -> int:  # exit status: what `run` returns, 2 for an error that a user can mend, 130 after Ctrl-C
-    "Read the arguments and run the command that they name."
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args) or 0
-    except (ValueError, OSError) as e:
-        message, status = str(e), 2
-    except KeyboardInterrupt as e:
-        message, status = str(e) or 'stopped.', 130
-    print(f'clear-nb: {message}', file=sys.stderr)
-    return status
-
 # %% ../nbs/bench/answer.ipynb #42541d99
 def _run_answer(args: argparse.Namespace):
     "Ask, print, and write the restored images."
@@ -307,14 +303,8 @@ ANSWER_OPTIONS = {
 }
 
 
-def command_line() -> tuple:  # ArgumentParser, what further commands are added to
-    "Make the parser of `clear-nb` with the command `answer`."
-    parser = argparse.ArgumentParser(
-        prog='clear-nb', description='Visual questions about degraded pictures.'
-    )
-    version = f'clear-nb {clear_nb.__version__}'
-    parser.add_argument('--version', action='version', version=version)
-    commands = parser.add_subparsers(dest='command', required=True)
+def add_command(commands):  # subparsers of `clear-nb`
+    "Add the command `answer`, which `cli` runs."
     command = commands.add_parser(
         'answer',
         help='ask one question about one picture',
@@ -323,13 +313,3 @@ def command_line() -> tuple:  # ArgumentParser, what further commands are added 
     for option, settings in ANSWER_OPTIONS.items():
         command.add_argument(option, **settings)
     command.set_defaults(run=_run_answer)
-    return parser, commands
-
-# %% ../nbs/bench/answer.ipynb #de339899
-def main(argv: list = None) -> int:  # exit status
-    "Run the command `answer` alone."
-    return run_command(command_line()[0], argv)
-
-# %% ../nbs/bench/answer.ipynb #4f122ac7
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())

@@ -45,7 +45,6 @@ from clear_nb.candidates import (
     select_questions,
 )
 from .core import PATHS, atomic_path, explain_full_disk, file_hash
-from .data import REMAKE, read_manifest
 from clear_nb.judge import (
     OPEN_TASK,
     OPTION_TASK,
@@ -68,6 +67,7 @@ from .presets import dataclass_from, load_preset, read_settings
 from .records import Clock, write_record
 from .server import Server
 from .sources import TRAINING_PARTS, BuildRecipe, Source, open_source
+from .stored import REMAKE, read_manifest
 
 # %% ../nbs/bench/builder.ipynb #1da6aab0
 _EXAMPLE_SCHEMA = pa.schema(

@@ -28,12 +28,11 @@ from .attention import TextAttention, attention_of_last_text, attention_shares
 from .core import PATHS, rng
 from .data import Item, scene_items
 from .decode import Noise
-from .degrade import CORRUPTIONS, SEVERITY, degrade
-from .generate import POLICIES, Rollout, Sampling, generate
-from .grpo import rollout_segments, state_at
+from .degrade import degrade
+from .generate import Rollout, Sampling, generate
+from .grpo import state_at
 from .images import ResizeRule, open_image, resize, to_uint8
 from .model import ClearModel
-from .mot import routed, visible
 from .records import Clock
 from .restore import Restoration, decode_pixels
 from .reward import rule_says_right

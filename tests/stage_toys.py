@@ -5,6 +5,7 @@ from unittest.mock import patch
 from clear_nb import bridge, grpo, sft
 from clear_nb.base import new_model
 from clear_nb.data import (
+    TrainingSet,
     all_pairs,
     assign_pathways,
     labelled_items,
@@ -52,13 +53,13 @@ def half_without_images(*args):
     return rows[:cut] + [[s for s in r if isinstance(s, TextSegment)] for r in rows[cut:]]
 
 
-def half_restoring(model, items, pairs, cfg, seed, step, chunk=None, first=0):
+def half_restoring(model, items, pairs, cfg, seed, step, chunk=0, first=0):
     """Rollouts that all restore in the first half of the groups, and never in the second."""
     out = []
     for k, pair in enumerate(pairs, first // cfg.group):
         policy = 'always' if k < cfg.prompts // 2 else 'never'
         out += rollouts_of(
-            model, items, [pair], grpo.replace(cfg, policy=policy), seed, step, None, k * cfg.group
+            model, items, [pair], grpo.replace(cfg, policy=policy), seed, step, 0, k * cfg.group
         )
     return out
 
@@ -74,9 +75,9 @@ def train(stage, p, made, **how):
     model, items, examples, own = made
     with patch.object(grpo, 'rewards_of_rollouts', by_tokens):
         if stage == 'sft':
-            return sft.train_sft(model, items, examples, p, own=own, **how)
+            return sft.train_sft(model, TrainingSet(items, examples), p, own=own, **how)
         if stage == 'bridge':
-            return bridge.train_bridge(model, items, examples, p, own, **how)
+            return bridge.train_bridge(model, TrainingSet(items, examples), p, own, **how)
         return grpo.train_grpo(model, items, p, **how)
 
 

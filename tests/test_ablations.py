@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from clear_nb import ablations as ab
-from clear_nb import mmd_bench
+from clear_nb import mmd_bench, recipes
 from clear_nb.base import new_model
 from clear_nb.core import PATHS, ROOT
-from clear_nb.data import labelled_items
+from clear_nb.data import TrainingSet, labelled_items
 from clear_nb.presets import load_preset
 from clear_nb.records import read_records, stage_folder
 
@@ -235,9 +235,10 @@ def test_a_changed_recipe_makes_stale(home, monkeypatch, tmp_path):
     """How this module trains counts too."""
     for p in PATHS.package.glob('*.py'):
         shutil.copy(p, tmp_path)
-    path = tmp_path / 'ablations.py'
-    assert path.read_text().count("seed, 'matched', None") == 1
-    path.write_text(path.read_text().replace("seed, 'matched', None", "seed, 'text', None"))
+    path, line = tmp_path / 'recipes.py', "t, _labelled(t), 'matched', 'matched'"
+    source = path.read_text(encoding='utf-8')
+    assert source.count(line) == 1
+    path.write_text(source.replace(line, line.replace("'matched'", "'text'", 1)), encoding='utf-8')
     monkeypatch.setattr(PATHS, 'package', tmp_path)
     assert stale(home) == LABELS + RL
 
@@ -298,12 +299,12 @@ def test_kill_between_two_stages(empty, monkeypatch):
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(ab, 'train_bridge', stop)
+        patch.setattr(recipes, 'train_bridge', stop)
         with pytest.raises(Stopped):
             run([case], empty)
     assert not (empty / 'records').exists()
     with monkeypatch.context() as patch:
-        patch.setattr(ab, 'train_sft', nothing)
+        patch.setattr(recipes, 'train_sft', nothing)
         run([case], empty)
     files = lambda runs: {
         p.relative_to(runs): p.read_bytes() for p in runs.rglob('clear-*/model.safetensors')
@@ -338,7 +339,7 @@ def test_budgets_are_nested():
 
 def test_too_few_labels(empty, monkeypatch):
     """Nothing left after balancing is an error that says what to do."""
-    monkeypatch.setattr(ab, 'training_set', lambda *a, **k: (None, [], 0.0))
+    monkeypatch.setattr(recipes, 'labelled_set', lambda *a, **k: (TrainingSet(None), 0.0))
     with pytest.raises(ValueError, match='2 labelled questions.*use more'):
         run([ab.label_cases(SMOKE, 1)[2]], empty)
 

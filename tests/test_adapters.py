@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -25,19 +26,18 @@ from clear_nb.adapters import (
     CallableAdapter,
     ClearAdapter,
     HFAdapter,
-    Reply,
     ServerAdapter,
-    _RowNoise,
     open_adapter,
-    prompt_of,
     response,
 )
 from clear_nb.answer import build_prompt, sampling_of
+from clear_nb.ask import RowNoises, row_noise
 from clear_nb.decode import Noise
 from clear_nb.flow import Guidance
 from clear_nb.generate import generate
 from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Refused
+from clear_nb.wording import Reply, prompt_of
 
 KEY = 'sk-secret-0123456789'
 
@@ -117,7 +117,8 @@ def model():
 
 def test_clear_is_generate(model):
     "Each reply is what `generate` says about the row alone, in any batch and order."
-    adapter, samples = ClearAdapter(model, batch=3, max_new=5, steps=3), rows(5)
+    adapter = ClearAdapter(model, batch=3, max_new=5, steps=3, precision='no')
+    samples = rows(5)
     replies = adapter(samples)
     for s, r in zip(samples, replies):
         image = Image.fromarray(s.pixels())
@@ -125,7 +126,7 @@ def test_clear_is_generate(model):
             model,
             [build_prompt(model, image, s.question)],
             sampling_of(model, max_new=5, steps=3),
-            _RowNoise(0, [s.key]),
+            row_noise(0, s),
         )[0]
         detail = json.loads(r.detail)
         assert detail['texts'] == alone.texts and r.text == response(alone.texts)
@@ -147,10 +148,15 @@ def test_prompt_is_verbatim(model):
 
 
 def test_row_noise_is_drawn_like_noise():
-    "Row noise has the shapes of `Noise` and another stream per seed and row."
-    a, b = _RowNoise(0, [('x',), ('y',)]), Noise(0)
-    assert a.steps([0, 1], 0, 3, (4, 8, 8), 4).shape == b.steps([0, 1], 0, 3, (4, 8, 8), 4).shape
-    assert not torch.equal(a.uniform([0], 0, 4), _RowNoise(1, [('x',)]).uniform([0], 0, 4))
+    "Row noises have the shapes of `Noise`, and another stream per seed, row and benchmark."
+    x, y = (Namespace(benchmark='b', index=k) for k in 'xy')
+    both, b = RowNoises([row_noise(0, x), row_noise(0, y)]), Noise(0)
+    shape = 0, 3, (4, 8, 8), 4
+    assert both.steps([0, 1], *shape).shape == b.steps([0, 1], *shape).shape
+    assert torch.equal(both.uniform([1], 0, 4), RowNoises([row_noise(0, y)]).uniform([0], 0, 4))
+    other = RowNoises([row_noise(1, x), row_noise(0, Namespace(benchmark='c', index='x'))])
+    drawn = [*both.uniform([0, 1], 0, 4), *other.uniform([0, 1], 0, 4)]
+    assert len({tuple(u.tolist()) for u in drawn}) == 4
 
 
 def test_clear_from_a_folder(model, tmp_path):

@@ -17,12 +17,12 @@ from clear_nb.answer import (
     build_prompt,
     check_out,
     check_token_budget,
-    main,
     newest_folder,
     sampling_of,
     save_images,
     with_think_prompt,
 )
+from clear_nb.cli import main
 from clear_nb.core import PATHS, ROOT, rng
 from clear_nb.decode import Noise
 from clear_nb.generate import generate

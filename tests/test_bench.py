@@ -16,22 +16,15 @@ import pandas as pd
 import pytest
 import tiny_hf
 from bench_rows import guess, picture, rows, silly, slow
-from fake_server import FAILURES, FakeServer, Hang, Status, hasty
+from fake_server import FAILURES, FakeServer, Hang, Status
 from PIL import Image, ImageFilter
 
 from clear_nb import bench_files
 from clear_nb.adapters import CallableAdapter, ServerAdapter
-from clear_nb.bench import (
-    _mine,
-    _whole,
-    accuracy_table,
-    main,
-    merge_parts,
-    read_results,
-    report_bench,
-    run_bench,
-)
+from clear_nb.bench import accuracy_table, read_results, report_bench
+from clear_nb.cli import main
 from clear_nb.core import ROOT, rng
+from clear_nb.evaluate import finished_state, in_shard, merge_parts, run_rows
 from clear_nb.rows import BenchmarkRow, from_scenes
 from clear_nb.scenes import benchmark
 from clear_nb.scoring import OUTCOME_KINDS
@@ -44,7 +37,7 @@ def results(out):
 
 @pytest.fixture
 def whole(tmp_path):
-    return results(run_bench(CallableAdapter(guess), rows(), tmp_path / 'whole', progress=False))
+    return results(run_rows(CallableAdapter(guess), rows(), tmp_path / 'whole', progress=False))
 
 
 # ---------------------------------------------------------------- complete, once, in every way
@@ -67,7 +60,7 @@ def test_results(whole):
 def test_shards(whole, tmp_path, n):
     "Any number of shards gives the same file; rows of a group stay together."
     for i in range(n):
-        run_bench(
+        run_rows(
             CallableAdapter(guess),
             iter(rows()),
             tmp_path / 's',
@@ -77,7 +70,7 @@ def test_shards(whole, tmp_path, n):
         )
     assert results(tmp_path / 's').equals(whole)
     assert all(
-        len({next(i for i in range(n) if _mine(s, (i, n))) for s in rows() if s.group == g}) == 1
+        len({next(i for i in range(n) if in_shard(s, (i, n))) for s in rows() if s.group == g}) == 1
         for g in '012'
     )
 
@@ -86,12 +79,14 @@ def test_only_this_run_is_finished(tmp_path):
     "What another number of processes, or an earlier run with a limit, left behind finishes nothing."
 
     def run(i, n, **kw):
-        return run_bench(
+        return run_rows(
             CallableAdapter(guess), rows(), tmp_path / 'r', shard=(i, n), progress=False, **kw
         )
 
     def heard():
-        return _whole(tmp_path / 'r')['rows'], len(list((tmp_path / 'r').glob('finished-*')))
+        return finished_state(tmp_path / 'r')['rows'], len(
+            list((tmp_path / 'r').glob('finished-*'))
+        )
 
     run(0, 1, limit=1)
     assert heard() == (8, 1)
@@ -114,7 +109,7 @@ def test_only_this_run_is_finished(tmp_path):
 def test_batches(whole, tmp_path):
     for k in (1, 7, 100):
         assert results(
-            run_bench(CallableAdapter(guess), rows(), tmp_path / str(k), batch=k, progress=False)
+            run_rows(CallableAdapter(guess), rows(), tmp_path / str(k), batch=k, progress=False)
         ).equals(whole)
 
 
@@ -126,7 +121,7 @@ def test_severities_and_limit(tmp_path):
         calls.append(prompt)
         return 'A'
 
-    run_bench(
+    run_rows(
         CallableAdapter(count),
         rows() + rows(benchmark='c'),
         tmp_path / 'r',
@@ -139,7 +134,7 @@ def test_severities_and_limit(tmp_path):
         == {(b, s): 2 for b in 'bc' for s in ('clean', 'hard')}
         and len(calls) == 8
     )
-    run_bench(CallableAdapter(count), rows() + rows(benchmark='c'), tmp_path / 'r', progress=False)
+    run_rows(CallableAdapter(count), rows() + rows(benchmark='c'), tmp_path / 'r', progress=False)
     assert len(calls) == len(results(tmp_path / 'r')) == 48
 
 
@@ -148,8 +143,8 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from bench_rows import guess, rows, slow
 from clear_nb.adapters import CallableAdapter
-from clear_nb.bench import run_bench
-run_bench(CallableAdapter({f}), rows(), {out!r}, batch=2, progress=False)
+from clear_nb.evaluate import run_rows
+run_rows(CallableAdapter({f}), rows(), {out!r}, batch=2, progress=False)
 """
 
 
@@ -171,7 +166,7 @@ def test_kill(whole, tmp_path, monkeypatch):
     assert 6 <= kept < 24 and asked <= kept + 2
     (out / 'parts' / '.part-half.tmp.parquet').write_bytes(b'PAR1')  # what a killed write leaves
     monkeypatch.setenv('PAUSE', '0')
-    run_bench(CallableAdapter(slow), rows(), out, batch=2, progress=False)
+    run_rows(CallableAdapter(slow), rows(), out, batch=2, progress=False)
     assert len(log.read_text()) - asked == 24 - kept
     assert results(out).equals(whole)
 
@@ -190,13 +185,13 @@ def test_outages_are_asked_again(whole, tmp_path):
         return guess(picture, prompt)
 
     a = CallableAdapter(shaky)
-    run_bench(a, rows(severities=['hard']), tmp_path / 'r', progress=False)
+    run_rows(a, rows(severities=['hard']), tmp_path / 'r', progress=False)
     frame, _ = read_results(tmp_path / 'r')
     assert (frame.kind == 'pending').sum() == 1 and frame.detail[
         frame.kind == 'pending'
     ].tolist() == ['TimeoutError: no reply']
     for _ in range(3):
-        run_bench(a, rows(severities=['hard']), tmp_path / 'r', progress=False)
+        run_rows(a, rows(severities=['hard']), tmp_path / 'r', progress=False)
     assert results(tmp_path / 'r').reply.tolist() == whole[
         whole.severity == 'hard'
     ].reply.tolist() and sorted(calls.values()) == [1] * 5 + [3]
@@ -209,7 +204,7 @@ def test_server_run(tmp_path, monkeypatch):
     with FakeServer([right] * 5, default=Status(401)) as server:
 
         def run():
-            run_bench(
+            run_rows(
                 ServerAdapter('m', server.url, workers=1, tries=2),
                 rows(),
                 tmp_path / 'r',
@@ -240,12 +235,12 @@ def test_server_run(tmp_path, monkeypatch):
 
 def test_another_run(tmp_path):
     "Settings, content, rows or keys that do not fit are refused, and the folder stays as it was."
-    run = lambda **kw: run_bench(
+    run = lambda **kw: run_rows(
         **{
             **dict(
                 adapter=CallableAdapter(guess),
-                samples=rows(),
-                out=tmp_path / 'r',
+                rows=rows(),
+                folder=tmp_path / 'r',
                 content='c1',
                 progress=False,
             ),
@@ -258,8 +253,8 @@ def test_another_run(tmp_path):
         'instruction': dict(adapter=CallableAdapter(guess, instruction='x')),
         'name': dict(adapter=CallableAdapter(guess, name='x')),
         "'c1' there, 'c2' here": dict(content='c2'),
-        'has changed': dict(samples=[replace(s, image=picture(7)) for s in rows()]),
-        'two rows have the key': dict(samples=rows() + rows()),
+        'has changed': dict(rows=[replace(s, image=picture(7)) for s in rows()]),
+        'two rows have the key': dict(rows=rows() + rows()),
         'shard': dict(shard=(-1, 2)),
     }.items():
         with pytest.raises(ValueError, match=match):
@@ -275,7 +270,7 @@ def test_miscounted_replies(tmp_path):
             return super().__call__(samples)[1:]
 
     with pytest.raises(ValueError, match='gave 15 replies to 16 rows'):
-        run_bench(Lossy(guess), rows(), tmp_path / 'r', progress=False)
+        run_rows(Lossy(guess), rows(), tmp_path / 'r', progress=False)
     assert len(results(tmp_path / 'r')) == 0
 
 
@@ -289,7 +284,7 @@ def test_report_counts(tmp_path):
     def f(picture, prompt):
         return says.get(prompt.split('Is it ')[1][0], 'yes')
 
-    run_bench(
+    run_rows(
         CallableAdapter(f), rows(severities=['hard']), tmp_path / 'r', progress=False, content='h'
     )
     table = report_bench(tmp_path / 'r', tmp_path / 'report')['accuracy']
@@ -321,7 +316,7 @@ def test_unheard_is_unknown(tmp_path):
     def silent(picture, prompt):
         raise OSError('off')
 
-    run_bench(CallableAdapter(silent), rows(), tmp_path / 'r', progress=False)
+    run_rows(CallableAdapter(silent), rows(), tmp_path / 'r', progress=False)
     table = report_bench(tmp_path / 'r', tmp_path / 'r')['accuracy']
     assert (
         table.accuracy.map(lambda e: np.isnan(e.mean)).all()
@@ -337,8 +332,8 @@ def test_several_models(tmp_path):
     def never(picture, prompt):
         return 'hm'
 
-    a = run_bench(CallableAdapter(guess), data, tmp_path / 'a', progress=False, content='x')
-    b = run_bench(CallableAdapter(never), data, tmp_path / 'b', progress=False, content='x')
+    a = run_rows(CallableAdapter(guess), data, tmp_path / 'a', progress=False, content='x')
+    b = run_rows(CallableAdapter(never), data, tmp_path / 'b', progress=False, content='x')
     table = (
         report_bench([a, b], tmp_path / 'o')['accuracy']
         .set_index(['model', 'benchmark', 'severity'])
@@ -353,7 +348,7 @@ def test_several_models(tmp_path):
         table['guess', 'b', 'low'] == pytest.approx(100 * 5 / 6)
         and table['guess', 'c', 'low'] == 100
     )
-    c = run_bench(CallableAdapter(never), data, tmp_path / 'c', progress=False, content='y')
+    c = run_rows(CallableAdapter(never), data, tmp_path / 'c', progress=False, content='y')
     with pytest.raises(ValueError, match='different benchmarks'):
         report_bench([a, c], tmp_path / 'o')
     with pytest.raises(FileNotFoundError, match='holds no run'):
@@ -364,7 +359,7 @@ def test_same_run_same_files(tmp_path):
     "Report files of the same replies are the same to the byte, the seconds of the summary aside."
     for k in 'ab':
         report_bench(
-            run_bench(CallableAdapter(guess), rows(), tmp_path / k, progress=False), tmp_path / k
+            run_rows(CallableAdapter(guess), rows(), tmp_path / k, progress=False), tmp_path / k
         )
     for suffix in ('csv', 'md', 'svg', 'png'):
         assert (tmp_path / 'a' / f'bench.{suffix}').read_bytes() == (
@@ -545,8 +540,9 @@ def test_edited_function(data, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_bar(data, tmp_path, capsys):
+def test_bar(data, tmp_path, capsys, monkeypatch):
     "It has a total, and a run that goes on begins at the rows that are answered."
+    monkeypatch.setenv(*WATCHED)
     assert main(command(data, tmp_path, '--limit', '1', '--severity', 'low', 'hard')) == 0
     assert '0/4 ' in capsys.readouterr().err
     assert main(command(data, tmp_path, '--severity', 'low', 'hard')) == 0
@@ -554,7 +550,8 @@ def test_bar(data, tmp_path, capsys):
     assert ' 4/12 ' in said and '12/12' in said and ' 0/12' not in said
 
 
-INTERRUPTED = [sys.executable, '-m', 'clear_nb.bench', 'bench', '--data']
+WATCHED = 'JPY_SESSION_NAME', 'a person looks'  # progress bars are shown
+INTERRUPTED = [sys.executable, '-m', 'clear_nb.cli', 'bench', '--data']
 
 
 def stopped(args, ready, **env):  # status and standard error after Ctrl-C
@@ -568,7 +565,7 @@ def stopped(args, ready, **env):  # status and standard error after Ctrl-C
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **env},
+        env={**os.environ, WATCHED[0]: WATCHED[1], **env},
         preexec_fn=listens,
     )
     try:
@@ -613,6 +610,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     assert kept in (4, 6) and f' {kept}/12 ' in said
     monkeypatch.setenv('ASKED', str(log))
     monkeypatch.setenv('PAUSE', '0')
+    monkeypatch.setenv(*WATCHED)
     assert (
         main(
             [
@@ -992,7 +990,7 @@ def test_compared_in_order(tmp_path, capsys):
         return guess(picture, prompt)
 
     for k, f in dict(z=guess, m=silly, a=shy).items():
-        run_bench(
+        run_rows(
             CallableAdapter(f, k),
             rows(severities=['clean', 'low']),
             tmp_path / k,
@@ -1016,7 +1014,7 @@ def test_compared_in_order(tmp_path, capsys):
         report(tmp_path, out='o').model.drop_duplicates().tolist() == ['z', 'm', 'a']
         and (tmp_path / 'o' / 'bench.md').read_text().count('AVG') == 1
     )  # in the caption
-    run_bench(
+    run_rows(
         CallableAdapter(guess, 'y'),
         rows(),
         tmp_path / 'y',
@@ -1362,7 +1360,7 @@ def test_real_text_reader(tmp_path):
         )
     ]
     tables = report_bench(
-        run_bench(CallableAdapter(reads), signs, tmp_path / 'r', progress=False), tmp_path / 'r'
+        run_rows(CallableAdapter(reads), signs, tmp_path / 'r', progress=False), tmp_path / 'r'
     )
     clean, hard = tables['accuracy'].query("benchmark == 'signs'").accuracy
     assert (

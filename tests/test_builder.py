@@ -27,10 +27,10 @@ from builder_rows import (
     talkative,
     write_source,
 )
-from fake_server import Drop, FakeServer, Status, hasty
+from fake_server import Drop, FakeServer, Status
 
-from clear_nb import bench
-from clear_nb.adapters import CallableAdapter, Reply, ServerAdapter
+from clear_nb import cli
+from clear_nb.adapters import CallableAdapter, ServerAdapter
 from clear_nb.annotate import TRACE_FAULTS, trace_fault
 from clear_nb.builder import build_summary, build_training, read_recipe
 from clear_nb.candidates import (
@@ -41,7 +41,6 @@ from clear_nb.candidates import (
     read_columns,
     select_questions,
 )
-from clear_nb.data import read_manifest
 from clear_nb.judge import LLMJudge, Replies
 from clear_nb.pathways import (
     INSTRUCTION,
@@ -63,7 +62,9 @@ from clear_nb.sources import (
     open_folder,
     read_picture,
 )
+from clear_nb.stored import read_manifest
 from clear_nb.trajectory import parse
+from clear_nb.wording import Reply
 
 N, ROWS = 60, 600
 RECIPE = BuildRecipe(n=N, share=1.0, spare=100.0, relative=True)
@@ -490,7 +491,7 @@ def test_instruction(source, tmp_path, hasty, capsys):
     a setting of the build."""
 
     def ask(out, *more):
-        return bench.main(
+        return cli.main(
             [
                 'build-data',
                 '--source',
@@ -693,12 +694,12 @@ def test_judge_of_the_command(source, tmp_path, hasty, capsys):
             '--workers',
             '2',
         ]
-        assert bench.main([*ask, '--estimate']) == 0 and annotator.requests == server.requests == []
+        assert cli.main([*ask, '--estimate']) == 0 and annotator.requests == server.requests == []
         told = re.search(
             r'before that the judge has (\d+) answers to read \([\d,]+ tokens in\)',
             capsys.readouterr().out,
         )
-        assert bench.main(ask) == 0 and len(server.requests) == int(told[1]) == lines(
+        assert cli.main(ask) == 0 and len(server.requests) == int(told[1]) == lines(
             tmp_path / 'out' / 'judge.jsonl'
         )
     assert 'examples: sft 8, rl 8' in capsys.readouterr().out
@@ -788,9 +789,9 @@ def test_rows_train(built, tmp_path, monkeypatch):
     """A finished build feeds all three stages, by the commands that run them at 7B."""
     from clear_nb import bridge, grpo, sft
     from clear_nb.core import PATHS, ROOT
-    from clear_nb.data import open_training
     from clear_nb.model import ClearModel
     from clear_nb.presets import load_preset
+    from clear_nb.stored import open_training
 
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     seen = []
@@ -845,11 +846,11 @@ def test_command(built, source, tmp_path, hasty, capsys):
     with FakeServer(default=Misbehaving(outages=False)) as server:
         ask = ['--annotator', f'fake@{server.url}']
         assert (
-            bench.main([*common, *ask, '--estimate', '--prices', '2', '8']) == 0
+            cli.main([*common, *ask, '--estimate', '--prices', '2', '8']) == 0
             and server.requests == []
         )
         assert capsys.readouterr().out.startswith('20 traces: 20 to 80 requests')
-        assert bench.main([*common, *ask]) == 0
+        assert cli.main([*common, *ask]) == 0
     told = capsys.readouterr().out
     assert 'examples: sft 20, rl 20' in told and 'average trace length generate' in told
     (record,) = read_records('paper', root=tmp_path / 'out' / 'record')
@@ -857,12 +858,10 @@ def test_command(built, source, tmp_path, hasty, capsys):
     assert (t['total samples'], t['direct answer samples'], t['grpo set']) == (20, 10, 20) and t[
         'average trace length generate'
     ] > t['average trace length direct']
-    assert bench.main([*common, '--annotator', 'fake@http://127.0.0.1:9/v1', '--seed', '3']) == 2
+    assert cli.main([*common, '--annotator', 'fake@http://127.0.0.1:9/v1', '--seed', '3']) == 2
     assert 'begun with other settings: recipe' in capsys.readouterr().err
     assert (
-        bench.main(
-            [*common[:2], 'nowhere', *common[3:], '--annotator', 'fake@http://127.0.0.1:9/v1']
-        )
+        cli.main([*common[:2], 'nowhere', *common[3:], '--annotator', 'fake@http://127.0.0.1:9/v1'])
         == 2
     )
     assert (
@@ -888,10 +887,10 @@ def test_short_source(source, tmp_path, hasty, capsys):
             'share=1',
             'relative=true',
         ]
-        assert bench.main([*args, '--annotator', f'fake@{server.url}', '--workers', '2']) == 1
+        assert cli.main([*args, '--annotator', f'fake@{server.url}', '--workers', '2']) == 1
         out = capsys.readouterr()
         assert (
-            bench.main(
+            cli.main(
                 [
                     *args[:6],
                     str(tmp_path / 'new'),
@@ -932,7 +931,7 @@ def test_foreign_source(source, tmp_path, hasty, capsys):
         'fake@http://127.0.0.1:9/v1',
         '--estimate',
     ]
-    assert bench.main([*args, '--source', str(foreign), '--out', str(tmp_path / 'out')]) == 2
+    assert cli.main([*args, '--source', str(foreign), '--out', str(tmp_path / 'out')]) == 2
     err = capsys.readouterr().err
     assert (
         "no columns 'image' and 'conversations', but index, reply" in err
@@ -941,9 +940,7 @@ def test_foreign_source(source, tmp_path, hasty, capsys):
     )
     shutil.copytree(source, foreign / 'good')
     assert (
-        bench.main(
-            [*args, '--source', str(foreign), '--out', str(tmp_path / 'both'), '--n', '2000']
-        )
+        cli.main([*args, '--source', str(foreign), '--out', str(tmp_path / 'both'), '--n', '2000'])
         == 0
     )
     assert (
@@ -974,7 +971,7 @@ def test_nothing_drawn(source, tmp_path, hasty, capsys):
         'm@http://127.0.0.1:9/v1',
         '--estimate',
     ]
-    assert bench.main(args) == 2
+    assert cli.main(args) == 2
     assert (
         'of which a share of 1e-09 is looked at; rejected: 1 x unreadable shard'
         in capsys.readouterr().err

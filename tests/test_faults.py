@@ -18,7 +18,6 @@ from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from pathlib import Path
 from types import SimpleNamespace as Space
 
 import builder_rows as look
@@ -43,14 +42,14 @@ from test_pipeline import HEAD, house, notebook, text  # noqa: F401 (a fixture)
 from test_resume import flip, train
 from test_train import toy
 
-from clear_nb import bench, core, grpo, pipeline, records
 from clear_nb import bench_files as bf
+from clear_nb import cli, core, evaluate, grpo, pipeline, records
 from clear_nb.adapters import CallableAdapter
 from clear_nb.base import new_model
 from clear_nb.builder import build_summary, build_training
 from clear_nb.candidates import candidate_files, read_columns
 from clear_nb.core import PATHS, ROOT
-from clear_nb.data import labelled_items, make_picture_set, open_training, read_manifest
+from clear_nb.data import labelled_items, make_picture_set
 from clear_nb.identity import made_from
 from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge, judge_many
@@ -60,6 +59,7 @@ from clear_nb.records import find_stage, read_records, write_record
 from clear_nb.reward import AnswerScore, Outage, Unparsable
 from clear_nb.server import Server
 from clear_nb.sources import BuildRecipe, open_folder
+from clear_nb.stored import open_training, read_manifest
 from clear_nb.train import accelerator, last_state, saved_states
 
 
@@ -113,7 +113,7 @@ FAULTS = [
             'training',
             'state of another run',
             'another warm-up',
-            r"of another run .*'warmup': 0.*'warmup': 2.*delete them to start again",
+            r'of another run .*loop.warmup: 0 there, 2 here.*delete them to start again',
             'the states',
             'state_foreign',
         ),
@@ -705,22 +705,22 @@ LOST = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from clear_nb.train import accelerator, fit, parallel
+from clear_nb.ranks import ranks_of
+from clear_nb.train import accelerator, fit
 from processes import waited
 from safetensors.torch import save_file
 from test_train import toy
 
 def child(rank, name, die, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
-    acc, (net, loss) = accelerator('no'), toy()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+    ranks, (net, loss) = ranks_of(accelerator('no')), toy()
     torch.nn.init.zeros_(net.bias)
-    run = parallel(net, acc)
+    ranks.wrap(net)
     def losses(step):
         if step == die and rank: os.kill(os.getpid(), signal.SIGKILL)
-        return run(lambda m: loss(step)[0]), {}
+        return ranks.run(net, lambda m: loss(step)[0]), {}
     done = lambda m, past: save_file({k: v.clone() for k, v in m.state_dict().items()}, out/f'{name}.safetensors')
-    try: fit(net, losses, 6, .1, acc=acc, state=out/f'{name}.pt', save_seconds=0., done=done)
+    try: fit(net, losses, 6, .1, ranks=ranks, state=out/f'{name}.pt', save_seconds=0., done=done)
     except RuntimeError as e: (out/'said').write_text(str(e))
 
 out = Path(sys.argv[1])
@@ -1100,7 +1100,7 @@ def row_picture(s):
     rows = [dict(good, index=k, image=code(k)) for k in range(3)] + [
         dict(good, index=9, image=base64.b64encode(b'no picture' * 9).decode())
     ]
-    done = bench.main(
+    done = cli.main(
         [
             'bench',
             '--model',
@@ -1203,7 +1203,7 @@ def server_down(s):
 
 
 def ask(s, name, f=guess):
-    return bench.run_bench(
+    return evaluate.run_rows(
         CallableAdapter(f, 'guess'), questions(), s.tmp / name, batch=4, progress=False
     )
 
@@ -1434,13 +1434,8 @@ def group_outage(s):
     ) as server:
         (loss, logs), said = warned(
             grpo.grpo_step,
-            model,
-            items,
-            p.grpo,
-            grpo.Objective.of(p.grpo),
+            grpo.GrpoRun(model, items, p.grpo, judge=LLMJudge('toy', server.url, tries=1)),
             0,
-            0,
-            LLMJudge('toy', server.url, tries=1),
         )
         yield said
         assert (

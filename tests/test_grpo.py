@@ -18,11 +18,13 @@ import clear_nb.generate
 from clear_nb import flow, grpo
 from clear_nb.base import new_model
 from clear_nb.core import torch_rng
-from clear_nb.data import all_pairs, encode_text, labelled_items, make_picture_set, prompts
+from clear_nb.data import all_pairs, labelled_items, make_picture_set, prompts
 from clear_nb.decode import Noise
 from clear_nb.generate import generate
 from clear_nb.grpo import (
+    GrpoRun,
     Objective,
+    ObjectiveVariant,
     accumulate_gradients,
     advantages,
     cache_bytes,
@@ -48,8 +50,10 @@ from clear_nb.judge import OPTION_TASK, LLMJudge
 from clear_nb.model import freeze
 from clear_nb.mot import KVCache
 from clear_nb.presets import load_preset
+from clear_nb.ranks import ranks_of
 from clear_nb.reward import AnswerScore, Outage
 from clear_nb.server import Refused
+from clear_nb.traces import encode_text
 from clear_nb.train import accelerator, fit, optimizer
 from clear_nb.trajectory import MARKER, LatentSegment, TextSegment, pack
 
@@ -122,7 +126,7 @@ def rolled(toy):
         [float('red' in r.texts[-1]) + 0.5 * len(r.restorations) for r in toy.rolls]
     ).view(4, 4)
     toy.patch, toy.noise = toy.model.shape.latent_patch, Noise('grpo', 0, 0)
-    toy.o = Objective.of(toy.cfg)
+    toy.o = ObjectiveVariant()
     toy.samples = lambda pay=toy.pay, **o: score_trajectories(
         toy.rolls, pay, toy.noise, torch_rng('steps'), replace(toy.o, **o), toy.patch
     )[0]
@@ -216,7 +220,7 @@ def test_sampler_mean_at_every_step(rolled):
 def test_bf16(toy):
     """Under autocast the ratios stay near one, and the rollouts leave no gradient-free copies of weights behind."""
     with torch.autocast('cpu', torch.bfloat16):
-        loss, logs = grpo_step(toy.model, toy.pool, toy.cfg, Objective.of(toy.cfg), 0, 0)
+        loss, logs = grpo_step(GrpoRun(toy.model, toy.pool, toy.cfg), 0)
     loss.backward()
     print(f'bf16: mean text ratio {logs["text_ratio"]:.4f}, largest {logs["text_ratio_max"]:.4f}')
     assert (
@@ -537,7 +541,7 @@ def test_judge_outage_in_a_step(toy):
     flaky = lambda q, said: (
         Outage('timeout') if next(calls) % 3 == 0 else AnswerScore(float(said == 'red'))
     )
-    loss, logs = grpo_step(toy.model, toy.pool, toy.cfg, Objective.of(toy.cfg), 0, 0, flaky)
+    loss, logs = grpo_step(GrpoRun(toy.model, toy.pool, toy.cfg, judge=flaky), 0)
     assert 0 < logs['missing'] < 16 and torch.isfinite(loss)
 
     def down(q, said):
@@ -553,9 +557,7 @@ def test_judge_behind_a_server(toy, monkeypatch):
     replies = ['0.5', Status(500), 'no idea', '1']
     rolls, step = (
         rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, 0, 0),
-        lambda judge: grpo_step(
-            toy.model, toy.pool, toy.cfg, Objective.of(toy.cfg), 0, 0, judge, workers=4
-        ),
+        lambda judge: grpo_step(GrpoRun(toy.model, toy.pool, toy.cfg, judge=judge, workers=4), 0),
     )
     with FakeServer(default=lambda request: replies[len(request.text) % 4]) as server:
         judge = LLMJudge('toy', server.url, tries=1)
@@ -607,9 +609,7 @@ def test_reward_weights_reach_the_step(toy):
     """w_dec = 0 leaves the decision out of reward and advantage; w_cost takes its share off every restoration."""
 
     def step(**o):
-        return grpo_step(
-            toy.model, toy.pool, replace(toy.cfg, **o), Objective.of(toy.cfg), 0, 0, likes_red
-        )[1]
+        return grpo_step(GrpoRun(toy.model, toy.pool, replace(toy.cfg, **o), judge=likes_red), 0)[1]
 
     plain, blind, dear = step(), step(w_dec=0.0), step(w_cost=0.2)
     assert (
@@ -627,8 +627,9 @@ def test_reward_weights_reach_the_step(toy):
     assert len({plain['loss_flow'], blind['loss_flow'], dear['loss_flow']}) == 3
 
 
-def test_progress_bar(toy, capsys):
+def test_progress_bar(toy, capsys, monkeypatch):
     """Beside the bar: reward, trigger rate, seconds per phase, nothing else."""
+    monkeypatch.setattr('clear_nb.core.bars_are_shown', lambda: True)
     train_grpo(toy.model, toy.pool, preset(steps=1), acc=accelerator('no'), judge=likes_red)
     shown = re.findall(r'(\w+)=', capsys.readouterr().err.split('grpo:')[-1])
     assert shown == ['reward', 'trigger', 's_rollout', 's_reward', 's_update']
@@ -774,7 +775,7 @@ def test_not_a_number_stops(rolled):
             lambda step: (accumulate_gradients(rolled.model, samples, rolled.o)[0], {}),
             1,
             1e-3,
-            acc=accelerator('no'),
+            ranks=ranks_of(accelerator('no')),
         )
 
 
@@ -823,7 +824,10 @@ def test_predicted_rise_of_text(toy):
         return float(text_logp(toy.model, toy.model(p)).exp().mean())
 
     G, cfg = 64, replace(toy.cfg, group=64, max_new_tokens=1)
-    o, before = Objective(scale='none', norm='dr_grpo', length=1, lambda_flow=0.0), expected()
+    o, before = (
+        ObjectiveVariant(scale='none', norm='dr_grpo', length=1, lambda_flow=0.0),
+        expected(),
+    )
     rolls = rollout_batch(toy.model, toy.pool, toy.pairs, cfg, 0, 0)
     pay = torch.tensor([float(r.turns[0].ids[:1] == list(red)) for r in rolls]).view(4, G)
     samples, _ = score_trajectories(
@@ -844,7 +848,7 @@ def test_predicted_rise_of_denoising(toy):
     """The same for L_Flow: the reward is the mean of the restored latent, the step moves the velocity's bias (20 %)."""
     cfg, o = (
         replace(toy.cfg, group=64, sigma=1.0, denoise_steps=4),
-        Objective(lambda_flow=1.0, reduction='sum', scale='none'),
+        ObjectiveVariant(lambda_flow=1.0, reduction='sum', scale='none'),
     )
 
     def rolled():
@@ -952,7 +956,7 @@ def test_flow_loss_alone_moves_the_latent(toy):
     """The reward looks at the restored latent only and no text term is used: L_Flow makes the latents earn more."""
     cfg, o, values = (
         replace(toy.cfg, group=8, sigma=1.0, denoise_steps=4),
-        Objective(lambda_flow=1.0, reduction='sum', epsilon=0.2),
+        ObjectiveVariant(lambda_flow=1.0, reduction='sum', epsilon=0.2),
         [],
     )
     opt = optimizer(toy.model, 2e-3)
@@ -996,10 +1000,10 @@ def test_resume(toy, monkeypatch, tmp_path):
     want = {k: v.clone() for k, v in toy.model.state_dict().items()}
     step = grpo.grpo_step
 
-    def killed(model, pool, cfg, obj, seed, k, *a):
+    def killed(run, k):
         if k == 2:
             raise KeyboardInterrupt
-        return step(model, pool, cfg, obj, seed, k, *a)
+        return step(run, k)
 
     toy.model.load_state_dict(begin)
     monkeypatch.setattr(grpo, 'grpo_step', killed)

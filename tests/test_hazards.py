@@ -13,7 +13,9 @@ from clear_nb.core import torch_rng
 from clear_nb.decode import Noise, feed_token, prefill
 from clear_nb.generate import token_budget
 from clear_nb.grpo import (
+    GrpoRun,
     Objective,
+    ObjectiveVariant,
     accumulate_gradients,
     advantages,
     choose_steps,
@@ -30,7 +32,6 @@ from clear_nb.grpo import (
     rollout_segments,
     score_trajectories,
     text_logp,
-    token_weights,
     train_grpo,
 )
 from clear_nb.mot import SPLIT_NOISE, KVCache, visible
@@ -41,7 +42,6 @@ from clear_nb.trajectory import (
     MARKER,
     LatentSegment,
     TextSegment,
-    VitSegment,
     pack,
     parse,
     token_count,
@@ -245,7 +245,10 @@ def test_hazard_07_scale():
         assert abs(d.mean() / expected - 1) < 0.1
         outside = ((d.exp() - 1).abs() > 0.2).float().mean()
         assert abs(outside - clipped) < 0.1
-    assert token_weights([10, 20], Objective(norm='dr_grpo', length=16384)) == [1 / (2 * 16384)] * 2
+    assert (
+        ObjectiveVariant(norm='dr_grpo', length=16384).token_weights([10, 20])
+        == [1 / (2 * 16384)] * 2
+    )
     with pytest.raises(ValueError, match='reduction'):
         flow.transition_logp(z, z, torch.ones(1), 'median')
 
@@ -418,7 +421,7 @@ def test_hazard_13_training_flag(rolled):
         assert [r.texts for r in spoken(rolled)[0]] == [
             r.texts for r in rolled.rolls
         ] and flags() == before
-    grpo_step(rolled.model, rolled.pool, rolled.cfg, rolled.o, 0, 0)
+    grpo_step(GrpoRun(rolled.model, rolled.pool, rolled.cfg), 0)
     assert not any(
         p.requires_grad
         for n, p in rolled.model.named_parameters()
@@ -494,15 +497,8 @@ def test_hazard_15_outage(rolled):
     with pytest.raises(RuntimeError, match='none of 4'):
         reward_table([bad[-1]] * 4, 4)
     calls = iter(range(99))
-    loss, logs = grpo_step(
-        rolled.model,
-        rolled.pool,
-        rolled.cfg,
-        rolled.o,
-        0,
-        0,
-        lambda q, said: [*bad, AnswerScore(float(said == 'red'))][next(calls) % 6],
-    )
+    judge = lambda q, said: [*bad, AnswerScore(float(said == 'red'))][next(calls) % 6]
+    loss, logs = grpo_step(GrpoRun(rolled.model, rolled.pool, rolled.cfg, judge=judge), 0)
     assert 0 < logs['missing'] < 16 and torch.isfinite(loss)
 
 

@@ -18,12 +18,12 @@ from clear_nb.core import PATHS
 from clear_nb.model import ClearModel, export_bagel
 from clear_nb.mot import MotDecoder
 from clear_nb.presets import load_preset
+from clear_nb.ranks import Ranks
 from clear_nb.records import find_stage
 from clear_nb.train import (
     accelerator,
     add_lora,
     merge_lora,
-    parallel,
     prepare_model,
     stage_arguments,
     trainable,
@@ -49,13 +49,18 @@ def test_config(path):
         assert config.deepspeed_config['zero_stage'] == 3
 
 
+def two_processes(kind):
+    """The first of two processes."""
+    return Ranks(SimpleNamespace(num_processes=2, process_index=0, distributed_type=kind))
+
+
 def test_deepspeed_is_refused():
     """DeepSpeed ends with one sentence that names what to use."""
-    acc = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    ranks = two_processes(DistributedType.DEEPSPEED)
     with pytest.raises(
         ValueError, match='DeepSpeed takes the optimiser over.*use params/accelerate/fsdp2.yaml'
     ):
-        parallel(torch.nn.Linear(1, 1), acc)
+        ranks.wrap(torch.nn.Linear(1, 1))
 
 
 def test_fsdp_1_is_refused(monkeypatch):
@@ -63,10 +68,7 @@ def test_fsdp_1_is_refused(monkeypatch):
     for k, v in dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='1').items():
         monkeypatch.setenv(k, v)
     with pytest.raises(ValueError, match='fsdp_version: 2'):
-        parallel(
-            torch.nn.Linear(1, 1),
-            SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU),
-        )
+        two_processes(DistributedType.MULTI_CPU).wrap(torch.nn.Linear(1, 1))
 
 
 def test_commands(monkeypatch, tmp_path, capsys):
@@ -244,7 +246,7 @@ def test_lora_and_fsdp(made, monkeypatch):
     with pytest.raises(ValueError, match='LoRA fits one GPU'):
         prepare_model(
             made[0],
-            SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU),
+            two_processes(DistributedType.MULTI_CPU),
             smoke(**{'train.lora': 2}).train,
         )
     assert not any('lora' in k for k, _ in made[0].named_parameters())

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from clear_nb import bench_files, decode, degrade, generate, scenes, variants
+from clear_nb import ask, cli, decode, degrade, identity, scenes, variants
 from clear_nb import mmd_bench as mb
-from clear_nb.base import new_model
-from clear_nb.core import rng
+from clear_nb.base import load_stage, new_model
+from clear_nb.bench import read_results
+from clear_nb.core import ROOT, rng
+from clear_nb.generate import Rollout
 from clear_nb.presets import load_preset
 from clear_nb.records import read_records
 from clear_nb.report import scores_frame, table1, table2, trigger_rates
@@ -39,7 +41,7 @@ def asked(folder):
 
 
 def result(*cell):
-    return mb.cell_results([cell])[0]
+    return mb.cell_results([mb.AnsweredRows(*cell)])[0]
 
 
 def answers(rows):
@@ -81,7 +83,7 @@ def test_workers_change_nothing(asked, tmp_path):
 
 def test_severities_share_questions_and_corruptions(asked):
     """Only the pictures differ between severities, and they differ everywhere but at clean."""
-    levels = {s: asked('realworldqa', s, 20) for s in mb.BENCH_SEVERITIES}
+    levels = {s: asked('realworldqa', s, 20) for s in degrade.SEVERITIES}
     assert (
         len({mb.questions_hash(r) for r in levels.values()}) == 1
         and len({mb.rows_hash(r) for r in levels.values()}) == 4
@@ -202,6 +204,36 @@ def test_files(tmp_path):
         mb.corrupted_files('easyvqa', 5, tmp_path)
 
 
+def test_changed_code_finds_no_old_pictures(tmp_path, monkeypatch):
+    """Code that draws or corrupts gives another folder; code that does neither, and remarks, do not."""
+    before, source = mb.corrupted_files('mmvet', 2, tmp_path), identity.module_source
+    for module, more, other in (
+        ('core', '\nadded = 1', True),
+        ('scenes', '\nadded = 1', True),
+        ('degrade', '\n# a remark', False),
+        ('generate', '\nadded = 1', False),
+    ):
+        mb.corrupted_files.cache_clear()
+        change = lambda m: source(m) + more if m == module else source(m)
+        with monkeypatch.context() as patch:
+            patch.setattr(identity, 'module_source', change)
+            assert (mb.corrupted_files('mmvet', 2, tmp_path) != before) == other, module
+    mb.corrupted_files.cache_clear()
+
+
+def test_pairs_belong_together(tmp_path, monkeypatch):
+    """A warm cache is never paired with other scenes, nor with pictures of unknown origin."""
+    folder = mb.corrupted_files('mmstar', 3, tmp_path)
+    assert len(mb.benchmark_rows('mmstar', 'hard', 3, tmp_path)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(mb, 'clean_samples', lambda *a: tuple(mb._source('mmstar', 3, 1)))
+        with pytest.raises(ValueError, match='made from another clean picture'):
+            mb.benchmark_rows('mmstar', 'hard', 3, tmp_path)
+    mb._clean_note(folder).unlink()
+    with pytest.raises(ValueError, match='delete the folder, it is made anew'):
+        mb.benchmark_rows('mmstar', 'hard', 3, tmp_path)
+
+
 def test_missing_rows_are_refused(tmp_path, monkeypatch):
     """A benchmark that lost rows is not asked."""
     monkeypatch.setattr(
@@ -282,9 +314,7 @@ def test_batches(model, name, asked):
     """The size of a batch changes nothing, for every kind of subject."""
     rows = asked('mmbench', 'hard', 4)
     cells = [
-        mb.evaluate(
-            model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6, progress=False
-        )
+        mb.subject_cell(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=b), max_new=6)
         for b in (3, 16)
     ]
     assert cells[0] == cells[1]
@@ -307,14 +337,13 @@ def test_batches_with_restorations(model, monkeypatch, name, precision, asked):
     monkeypatch.setattr(mb, 'read_subject_answer', lambda texts, kind: ' | '.join(texts))
     rows = asked('realworldqa', 'hard', 8)
     cells = [
-        mb.evaluate(
+        mb.subject_cell(
             model,
             rows,
             mb.SUBJECTS[name],
             replace(PRESET.eval, batch=b),
             max_new=6,
             acc=accelerator(precision),
-            progress=False,
         )
         for b in (3, 16)
     ]
@@ -329,8 +358,8 @@ class Script:
 
     def __call__(self, model, prompts, sampling, noise, restorer=None):
         self.calls.append((prompts, sampling, noise, restorer and restorer.latents))
-        texts = [self.texts(noise.first + k) for k in range(len(prompts))]
-        return [type('R', (), dict(texts=t, restorations=t[:-1]))() for t in texts]
+        made = [self.texts(n.first) for n in noise.noises]
+        return [Rollout([], texts=t, restorations=t[:-1]) for t in made]
 
 
 def test_what_the_generator_gets(model, monkeypatch, asked):
@@ -342,12 +371,10 @@ def test_what_the_generator_gets(model, monkeypatch, asked):
             + [f'<think>x</think><answer>{rows[k].seen.answer}</answer>']
         )
     )
-    monkeypatch.setattr(mb, 'generate', say)
-    cell = mb.evaluate(
-        model, rows, mb.SUBJECTS['oracle'], replace(PRESET.eval, batch=2), progress=False
-    )
+    monkeypatch.setattr(ask, 'generate', say)
+    cell = mb.subject_cell(model, rows, mb.SUBJECTS['oracle'], replace(PRESET.eval, batch=2))
     assert (cell['correct'], cell['trigger']) == ('11111', '01010') and [
-        n.first for _, _, n, _ in say.calls
+        n.noises[0].first for _, _, n, _ in say.calls
     ] == [0, 2, 4]
     assert all(
         s.policy == 'always'
@@ -360,16 +387,14 @@ def test_what_the_generator_gets(model, monkeypatch, asked):
     assert torch.allclose(say.calls[1][3][0], clean[0], atol=1e-5)
     seen = mb.encode(model, torch.from_numpy(rows[2].seen.pixels()).permute(2, 0, 1)[None])
     assert torch.allclose(say.calls[1][0][0][0].latent, seen[0], atol=1e-5)
-    mb.evaluate(
-        model, rows, mb.SUBJECTS['substitute'], replace(PRESET.eval, batch=2), progress=False
-    )
+    mb.subject_cell(model, rows, mb.SUBJECTS['substitute'], replace(PRESET.eval, batch=2))
     assert (
         torch.allclose(say.calls[4][3][0], seen[0], atol=1e-5)
         and say.calls[4][1].policy == 'adaptive'
     )
-    mb.evaluate(model, rows, mb.SUBJECTS['clear_rl'], PRESET.eval, progress=False)
+    mb.subject_cell(model, rows, mb.SUBJECTS['clear_rl'], PRESET.eval)
     assert say.calls[-1][3] is None
-    mb.evaluate(model, rows, mb.SUBJECTS['text_cot'], PRESET.eval, progress=False)
+    mb.subject_cell(model, rows, mb.SUBJECTS['text_cot'], PRESET.eval)
     assert (
         all(not hasattr(p[0], 'latent') for p in say.calls[-1][0])
         and say.calls[-1][1].policy == 'never'
@@ -379,10 +404,9 @@ def test_what_the_generator_gets(model, monkeypatch, asked):
 def test_direct_answers_need_no_tags(model, monkeypatch, asked):
     """The base's raw text is scored; a trace without tags is not."""
     rows = asked('mmvet', 'clean', 4)
-    monkeypatch.setattr(mb, 'generate', Script(lambda k: [rows[k].seen.answer]))
+    monkeypatch.setattr(ask, 'generate', Script(lambda k: [rows[k].seen.answer]))
     got = {
-        n: mb.evaluate(model, rows, mb.SUBJECTS[n], PRESET.eval, progress=False)
-        for n in ('base', 'matched')
+        n: mb.subject_cell(model, rows, mb.SUBJECTS[n], PRESET.eval) for n in ('base', 'matched')
     }
     assert [got[n]['correct'] for n in got] == ['1111', '0000'] and got['matched'][
         'unparsable'
@@ -392,9 +416,9 @@ def test_direct_answers_need_no_tags(model, monkeypatch, asked):
 def test_pictures_restored_before(model, monkeypatch, asked):
     """The model sees the restored picture in both of its inputs, and no other; the base that restores nothing sees the degraded one."""
     rows, seen = asked('mmvet', 'hard', 12), {}
-    monkeypatch.setattr(mb, 'generate', say := Script(lambda k: ['1']))
+    monkeypatch.setattr(ask, 'generate', say := Script(lambda k: ['1']))
     for name in ('base_both', 'restored_base', 'self_restored_base'):
-        mb.evaluate(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32), progress=False)
+        mb.subject_cell(model, rows, mb.SUBJECTS[name], replace(PRESET.eval, batch=32))
         seen[name] = (
             torch.stack([(p[1].image + 1) * 127.5 for p in say.calls[-1][0]])
             .round()
@@ -521,8 +545,10 @@ def test_resume(tmp_path, model, monkeypatch, capsys):
             model.llm2vae.bias += d
         model.save_pretrained(path)
         assert go() == 1
-    monkeypatch.setattr(mb, 'RESULT_CODE', mb.RESULT_CODE[:-1])
-    assert go() == 1
+    source = identity.module_source
+    changed = lambda m: source(m) + '\nadded = 1' if m == 'mot' else source(m)
+    monkeypatch.setattr(identity, 'module_source', changed)
+    assert go() == 1 and 'asked anew, other code in mot' in capsys.readouterr().out
     monkeypatch.undo()
     assert (
         mb.evaluate_all(replace(preset, name='nowhere'), 99, None, 'base', root=tmp_path) == []
@@ -537,6 +563,55 @@ def test_overrides_do_not_replace_the_record(tmp_path, model, folder):
     assert [p.name for p in tmp_path.iterdir()] == [
         '04_mmd_bench-base+eval.n=1+eval.severities=.hard.-seed0.json'
     ]
+
+
+def test_replies_are_kept(tmp_path, model, folder, monkeypatch):
+    """A subject that is stopped goes on where it was; its replies hold the trajectories."""
+    few = load_preset('smoke', **{'eval.n': 4, 'eval.batch': 2, 'eval.severities': ['hard']})
+    monkeypatch.setattr(mb, 'BENCHMARKS', ('mmvet', 'mmstar'))
+    asked, real = [], mb.SubjectAdapter.__call__
+
+    def count(self, rows):
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        asked.extend(r.key for r in rows)
+        return real(self, rows)
+
+    monkeypatch.setattr(mb.SubjectAdapter, '__call__', count)
+    go = lambda: mb.evaluate_all(
+        few, 0, lambda *a: model, 'base', progress=False, root=tmp_path, folder=folder
+    )
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    monkeypatch.setattr(
+        mb.SubjectAdapter, '__call__', lambda self, rows: asked.extend(rows) or real(self, rows)
+    )
+    assert len(go()) == 1 and len(asked) == 8
+    assert len(list(folder.glob('replies/base+eval.n=4*/mmstar-hard/parts/*'))) == 2
+
+
+@pytest.mark.parametrize('benchmark', ['mmbench', 'realworldqa'])
+def test_bench_gives_the_recorded_numbers(benchmark, tmp_path, capsys):
+    """`clear-nb bench` gives the outcomes of `04_mmd_bench` for the same model and rows, to the bit."""
+    grpo, n = ROOT / 'checkpoints' / 'tiny' / 'grpo', 32 if benchmark == 'mmbench' else 128
+    files = mb.corrupted_files(benchmark, n, tmp_path)  # the first batch of the record
+    ask_grpo = ['bench', '--model', f'clear:{grpo}', '--severity', 'hard', '--set', 'device=cpu']
+    assert cli.main([*ask_grpo, '--data', str(files), '--out', str(tmp_path / 'run')]) == 0
+    frame, _ = read_results(tmp_path / 'run')
+    rows = mb.benchmark_rows(benchmark, 'hard', n, tmp_path)
+    frame = frame.set_index('index').loc[[r.seen.index for r in rows]]
+    restored = ['"restored": 0' not in d for d in frame.detail]
+    cell = result(rows, frame.reply.tolist(), restored)
+    tiny, acc = load_preset('tiny'), accelerator()
+    grpo = load_stage(tiny, 0, 'grpo').eval()
+    how = tiny.eval, tiny.grpo.max_new_tokens, acc
+    assert cell == mb.subject_cell(grpo, rows, mb.SUBJECTS['clear_rl'], *how)
+    if not torch.cpu.get_capabilities().get('amx_bf16'):
+        pytest.skip('the records were made on a CPU with AMX')
+    [record] = [r for r in read_records('tiny', '04_mmd_bench', 'clear_rl') if r['seed'] == 0]
+    kept = record['metrics']['scores']['clear_rl'][benchmark]['hard']
+    assert cell['correct'] == kept['correct'][: len(cell['correct'])]
+    assert cell['trigger'] == kept['trigger'][: len(cell['trigger'])]
 
 
 def test_guessing(asked):

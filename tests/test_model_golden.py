@@ -19,7 +19,6 @@ from clear_nb.restore import guidance_contexts, prefill_guidance, restore
 from clear_nb.trajectory import (
     LatentSegment,
     TextSegment,
-    TokenLayout,
     VitSegment,
     drop_conditions,
     pack,

@@ -10,6 +10,7 @@ from test_model import picture, story, tiny_model
 from clear_nb.core import torch_rng
 from clear_nb.model import freeze
 from clear_nb.mot import visible
+from clear_nb.ranks import ranks_of
 from clear_nb.sft import sft_loss
 from clear_nb.train import accelerator, optimizer, update
 from clear_nb.trajectory import (
@@ -219,7 +220,7 @@ def test_gradient_goes_after_the_step():
     new, old = (
         list(steps(f))
         for f in (
-            lambda net, opt, loss: update(net, opt, loss, accelerator('no'), 1.0, 'here'),
+            lambda net, opt, loss: update(net, opt, loss, ranks_of(accelerator('no')), 'here'),
             kept,
         )
     )

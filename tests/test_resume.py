@@ -15,8 +15,10 @@ from test_train import toy
 from clear_nb import base
 from clear_nb import train as loop
 from clear_nb.core import ROOT, torch_rng
-from clear_nb.data import all_pairs, assign_pathways, labelled_items, make_picture_set
+from clear_nb.data import TrainingSet, all_pairs, assign_pathways, labelled_items, make_picture_set
+from clear_nb.identity import made_from
 from clear_nb.presets import load_preset
+from clear_nb.ranks import ranks_of
 from clear_nb.reward import AnswerScore
 from clear_nb.train import (
     accelerator,
@@ -39,6 +41,11 @@ def test_kill():
     }, done.stdout
 
 
+def alone():
+    """The only process, without autocast."""
+    return ranks_of(accelerator('no'))
+
+
 def train(path, stop=None, **how):
     """The toy model, with a state after every step, and a stop."""
     net, loss = toy()
@@ -56,7 +63,7 @@ def train(path, stop=None, **how):
             8,
             0.1,
             ema=0.9,
-            acc=accelerator('no'),
+            ranks=alone(),
             state=path,
             save_seconds=0.0,
             **how,
@@ -115,7 +122,9 @@ def test_no_state_left(tmp_path):
 def test_state_of_another_run(tmp_path):
     """Other numbers, other run."""
     train(tmp_path / 's.pt', stop=3)
-    with pytest.raises(ValueError, match="of another run .*'warmup': 0.*'warmup': 2.*delete them"):
+    with pytest.raises(
+        ValueError, match='of another run .*loop.warmup: 0 there, 2 here.*delete them'
+    ):
         train(tmp_path / 's.pt', warmup=2)
 
 
@@ -124,7 +133,7 @@ def test_state_of_other_data(tmp_path, stage):
     """As many questions, but others, or another judge: the run does not go on; with what it began with it does."""
     p, step, seen, how = (
         smoke(3),
-        loop._step,
+        loop.training_step,
         [],
         dict(acc=accelerator('no'), state=tmp_path / 's.pt'),
     )
@@ -140,7 +149,7 @@ def test_state_of_other_data(tmp_path, stage):
         seen.append(1)
         return step(*a)
 
-    with patch.object(loop, '_step', stopped), pytest.raises(InterruptedError):
+    with patch.object(loop, 'training_step', stopped), pytest.raises(InterruptedError):
         begin(items, examples)
     with pytest.raises(ValueError, match='of another run'):
         begin(other, assign_pathways(other, all_pairs(other), [i % 2 == 0 for i in range(4)], 0))
@@ -212,7 +221,7 @@ def test_global_generator(tmp_path):
             return (net(torch.randn(4, 2)) - 1).square().mean(), {}
 
         try:
-            fit(net, loss, 6, 0.1, acc=accelerator('no'), state=path, save_seconds=0.0)
+            fit(net, loss, 6, 0.1, ranks=alone(), state=path, save_seconds=0.0)
         except InterruptedError:
             pass
         return net.weight
@@ -246,9 +255,9 @@ def staged(folder, plan='a', asked=None):
 
     return train_once(
         folder,
-        plan,
+        made_from('train', params=dict(plan=plan)),
         lambda state, done: fit(
-            net, loss, 6, 0.1, acc=accelerator('no'), state=state, save_seconds=0.0, done=done
+            net, loss, 6, 0.1, ranks=alone(), state=state, save_seconds=0.0, done=done
         ),
     )
 
@@ -328,7 +337,6 @@ def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
 @pytest.mark.parametrize('other', [dict(seed=1), dict(preset=dict(batch=3)), dict(weights=1)])
 def test_a_state_belongs_to_its_run(tmp_path, other):
     """A stage that was killed does not go on with another seed, other numbers or from other weights."""
-    from clear_nb.data import all_pairs, assign_pathways, labelled_items, make_picture_set
     from clear_nb.sft import train_sft
 
     p, state = load_preset('smoke'), tmp_path / 'sft_state.pt'
@@ -341,7 +349,7 @@ def test_a_state_belongs_to_its_run(tmp_path, other):
         raise InterruptedError
 
     go = lambda model, preset, seed, done=None: train_sft(
-        copy.deepcopy(model), toys, examples, preset, seed, state=state, done=done
+        copy.deepcopy(model), TrainingSet(toys, examples), preset, seed, state=state, done=done
     )
     with pytest.raises(InterruptedError):
         go(made[0], p, 0, killed)

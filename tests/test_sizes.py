@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clear_nb import mmd_bench as mb
 from clear_nb.answer import build_prompt, check_token_budget, sampling_of
@@ -13,6 +12,7 @@ from clear_nb.base import load_stage, new_model
 from clear_nb.bridge import train_bridge
 from clear_nb.core import rng, torch_rng
 from clear_nb.data import (
+    TrainingSet,
     all_pairs,
     assign_pathways,
     decode_restorations,
@@ -140,8 +140,8 @@ def test_stages_train(model, mixed):
         init_weights(ClearModel(model.cfg, model.tokenizer), torch_rng('sizes')),
     )
     history = [
-        *train_sft(own_model, mixed, examples, p, own=own, acc=acc),
-        *train_bridge(own_model, mixed, examples, p, own, acc=acc),
+        *train_sft(own_model, TrainingSet(mixed, examples), p, own=own, acc=acc),
+        *train_bridge(own_model, TrainingSet(mixed, examples), p, own, acc=acc),
     ]
     assert np.isfinite([h['loss'] for h in history]).all() and max(h['kl'] for h in history) > 0
     assert len(train_grpo(own_model, mixed, p, acc=acc)) == p.grpo.steps

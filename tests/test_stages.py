@@ -12,14 +12,14 @@ from clear_nb.data import (
     all_pairs,
     assign_pathways,
     corrupt,
-    labelled_items,
     make_picture_set,
     restore_pictures,
     scene_items,
 )
 from clear_nb.model import freeze
 from clear_nb.presets import load_preset
-from clear_nb.sft import by_image, sft_loss, sft_row
+from clear_nb.ranks import ranks_of
+from clear_nb.sft import RowPlan, by_image, sft_loss, sft_row
 from clear_nb.train import accelerator, fit
 
 
@@ -61,7 +61,7 @@ def world():
 def memorise(model, loss, steps=250, lr=4e-3):
     "Train on one fixed batch and return the last losses"
     freeze(model, 'vae.')
-    return fit(model, lambda step: loss(), steps, lr, 10, acc=accelerator('no'))[-1]
+    return fit(model, lambda step: loss(), steps, lr, 10, ranks=ranks_of(accelerator('no')))[-1]
 
 
 def test_base_learns_eight(world):
@@ -94,10 +94,7 @@ def test_stages_learn_eight(world, stage):
             rng('row', k),
             torch_rng('row', k),
             cfg,
-            'both',
-            own,
-            1.0,
-            stage == 'sft',
+            RowPlan('both', own, 1.0, stage == 'sft'),
         )
         for k, g in enumerate(by_image(examples))
     ]

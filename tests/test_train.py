@@ -9,6 +9,7 @@ from torch import nn
 
 from clear_nb import train
 from clear_nb.core import torch_rng
+from clear_nb.ranks import ranks_of
 from clear_nb.train import accelerator, fit, tracker_name
 
 
@@ -67,7 +68,7 @@ def test_tensorboard_holds_the_history(tmp_path):
 
     net, loss = toy()
     acc = accelerator('no', tmp_path / 'logs' / 'grpo', 'tensorboard')
-    history = fit(net, loss, 5, 0.1, acc=acc)
+    history = fit(net, loss, 5, 0.1, ranks=ranks_of(acc))
     acc.end_training()
     events = EventAccumulator(str(tmp_path / 'logs' / 'grpo')).Reload()
     assert set(events.Tags()['scalars']) == set(history[0]) - {'step'}
@@ -82,7 +83,7 @@ def test_other_trackers_by_name(listener, tmp_path, name):
     """The run is named after its folder, and the tracker hears what the history holds."""
     net, loss = toy()
     acc = accelerator('no', tmp_path / 'tiny' / 'seed3' / 'logs' / 'grpo', name)
-    history = fit(net, loss, 4, 0.1, acc=acc)
+    history = fit(net, loss, 4, 0.1, ranks=ranks_of(acc))
     acc.end_training()
     (made,) = listener.made
     assert made.project == 'clear_nb' and made.kw['name'] == 'tiny-seed3-grpo' and not made.open
@@ -103,7 +104,7 @@ def test_resumed_run_goes_on_where_it_stopped(listener, tmp_path):
     for f in (killed, loss):
         acc = accelerator('no', tmp_path / 'grpo', 'wandb')
         try:
-            fit(net, f, 6, 0.1, acc=acc, state=tmp_path / 'state.pt', save_seconds=0.0)
+            fit(net, f, 6, 0.1, ranks=ranks_of(acc), state=tmp_path / 'state.pt', save_seconds=0.0)
         except InterruptedError:
             pass
     assert [[t['step'] for t in m.told] for m in listener.made] == [[0, 1, 2], [3, 4, 5]]
@@ -117,7 +118,7 @@ def test_no_tracker(listener, tmp_path):
         accelerator('no', None, 'wandb'),
         accelerator('no'),
     ):
-        fit(net, loss, 1, 0.1, acc=acc)
+        fit(net, loss, 1, 0.1, ranks=ranks_of(acc))
     assert not listener.made and not (tmp_path / 'grpo').exists()
 
 
@@ -135,15 +136,16 @@ def test_refused_names(monkeypatch):
     assert tracker_name() == 'tensorboard'
 
 
-def test_progress_bar_shows_the_chosen_numbers(capsys):
+def test_progress_bar_shows_the_chosen_numbers(capsys, monkeypatch):
     """What stands beside the bar; a number that was not logged in a step is left out."""
+    monkeypatch.setattr('clear_nb.core.bars_are_shown', lambda: True)
     net, loss = toy()
-    fit(net, loss, 2, 0.1, acc=accelerator('no'), show=('reward', 'seconds'))
+    fit(net, loss, 2, 0.1, ranks=ranks_of(accelerator('no')), show=('reward', 'seconds'))
     assert (
         'reward=' in (err := capsys.readouterr().err)
         and 'loss=' not in err
         and 'seconds=' not in err
     )
-    fit(net, loss, 2, 0.1, acc=accelerator('no'))
+    fit(net, loss, 2, 0.1, ranks=ranks_of(accelerator('no')))
     err = capsys.readouterr().err
     assert all(f'{word}=' in err for word in ('loss', 'reward', 'trigger'))

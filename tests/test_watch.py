@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clear_nb import scenes
-from clear_nb import watch as watch_room
+from clear_nb import ask, scenes
 from clear_nb.base import new_model
-from clear_nb.data import encode_text, labelled_items, make_picture_set
+from clear_nb.data import labelled_items, make_picture_set
 from clear_nb.decode import Turn
 from clear_nb.generate import Rollout
 from clear_nb.presets import load_preset
@@ -17,6 +16,7 @@ from clear_nb.records import record_name
 from clear_nb.restore import Restoration, decode_pixels
 from clear_nb.reward import Outage, RewardWeights, score_rollout
 from clear_nb.scenes import split_of
+from clear_nb.traces import encode_text
 from clear_nb.watch import (
     ask_held_out,
     by_family,
@@ -143,14 +143,14 @@ def test_answers_do_not_depend_on_the_batch(toy):
 )
 def test_held_out_answers_follow_the_preset(toy, monkeypatch, options):
     """Mode, policy, number of restorations, rules and weights of stage 3 decide how held-out questions are asked and paid; text is greedy, pictures are made by the ODE."""
-    seen, plain = [], watch_room.generate
+    seen, plain = [], ask.generate
     p = load_preset('smoke', **{'eval.batch': 64, **{f'grpo.{k}': v for k, v in options.items()}})
 
-    def spy(model, asked, sampling, noise):
-        seen.append((sampling, rolls := plain(model, asked, sampling, noise)))
+    def spy(model, asked, sampling, noise, **kw):
+        seen.append((sampling, rolls := plain(model, asked, sampling, noise, **kw)))
         return rolls
 
-    monkeypatch.setattr(watch_room, 'generate', spy)
+    monkeypatch.setattr(ask, 'generate', spy)
     items, g = held_out(1), p.grpo
     found = ask_held_out(toy.model, items, p)
     [(s, rolls)] = seen
