@@ -35,8 +35,9 @@ from .adapters import Adapter, Reply, open_adapter
 from .bench_files import BenchmarkRow, Reject
 from .core import atomic_path, read_settings, versions
 from .judge import LLMJudge
-from .report import Estimate, table8, to_markdown
+from .report import table8, to_markdown
 from .server import Refused
+from .stats import Estimate
 
 # %% ../nbs/bench/bench.ipynb #e3e7300f
 ROW_KEY = ['benchmark', 'index', 'corruption', 'severity']  # Sample.key

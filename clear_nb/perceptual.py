@@ -49,14 +49,14 @@ from clear_nb.generate import (
 from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
-from clear_nb.report import (
+from .report import finding
+from clear_nb.stats import (
     UNKNOWN,
     Estimate,
     bootstrap_average,
     bootstrap_mean,
     compare,
-    finding,
-    outcomes,
+    condition_outcomes,
     paired_difference,
     seed_interval,
     seed_text,
@@ -644,7 +644,7 @@ def quality_scores(records: list, severities=('low', 'mid', 'hard')) -> pd.DataF
 # %% ../nbs/study/perceptual.ipynb #166e23e4
 def _accuracy(
     frame: pd.DataFrame | None, row: str, severity: str
-) -> Estimate | str:  # of `report.scores_frame`; key of STAGES or 'difference', others have none
+) -> Estimate | str:  # of `stats.scores_frame`; key of STAGES or 'difference', others have none
     if row not in ('difference', *COMPARED_STATES):
         return 'not asked'
     if frame is None:
@@ -653,7 +653,8 @@ def _accuracy(
         return compare(frame, 'correct', ('clear_rl', severity), ('clear_sft', severity))
     model = dict(sft='clear_sft', grpo='clear_rl')[row]
     return bootstrap_average(
-        list(outcomes(frame, model, severity).values()), rng('report', model, severity, 'AVG')
+        list(condition_outcomes(frame, model, severity).values()),
+        rng('report', model, severity, 'AVG'),
     )
 
 # %% ../nbs/study/perceptual.ipynb #9d20b7df
@@ -684,7 +685,7 @@ def _row4(
 def table4(
     records: list,  # of 05_perceptual, one per seed
     frame: pd.DataFrame
-    | None = None,  # accuracies, from `report.scores_frame`, of the benchmarks to average over
+    | None = None,  # accuracies, from `stats.scores_frame`, of the benchmarks to average over
     severity: str = 'hard',
     paper: pd.DataFrame | None = None,  # Table 4 of the paper
     scale: str = 'tiny',  # label of our columns

@@ -23,8 +23,8 @@ from .core import GrpoParams, Preset, atomic_path, rng
 from .data import Item, PictureSet, corrupt, make_picture_set, prompts
 from .generate import Noise, Sampling, decode_pixels, generate
 from .model import ClearModel
-from .report import bootstrap_average
 from .reward import Reward, RewardWeights, score_rollout
+from .stats import bootstrap_average
 from .train import running_mean
 
 # %% ../nbs/stages/watch.ipynb #514764d0
@@ -197,7 +197,7 @@ def _values(row: dict, field: str) -> np.ndarray:  # percent, or rewards in hund
 def mean_change(
     held: list,  # per seed: dict(before=, after=) of `by_family`
     field: str = 'correct',
-) -> dict:  # before, after, change: report.Estimate
+) -> dict:  # before, after, change: stats.Estimate
     "Means over questions with bootstrap intervals, seeds averaged per question; ValueError for no seed, or for different questions"
     if not held:
         raise ValueError('change: no record holds answers on held-out scenes; run 03_grpo first')

@@ -11,9 +11,10 @@ from clear_nb import bench_files, degrade, generate, scenes
 from clear_nb import mmd_bench as mb
 from clear_nb.base import new_model
 from clear_nb.core import load_preset, read_records, rng
-from clear_nb.report import scores_frame, table1, table2, trigger_rates
+from clear_nb.report import table1, table2, trigger_rates
 from clear_nb.reward import rule_says_right
 from clear_nb.scoring import score_reply
+from clear_nb.stats import scores_frame
 from clear_nb.train import accelerator
 
 PRESET = load_preset('smoke')

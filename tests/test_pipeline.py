@@ -308,7 +308,12 @@ def test_stale_export(tmp_path, monkeypatch):
 
 def test_modules_follow_imports():
     """What a notebook reaches decides whether it is stale; report reaches paper, paper does not reach report."""
-    assert reached_modules('from clear_nb import report as r') == ['core', 'paper', 'report']
+    assert reached_modules('from clear_nb import report as r') == [
+        'core',
+        'paper',
+        'report',
+        'stats',
+    ]
     assert reached_modules('def f():\n    from clear_nb.paper import audit') == ['core', 'paper']
 
 

@@ -39,9 +39,9 @@ MAY_IMPORT = {
     'grpo': ['base', 'judge', 'train', 'generate', 'reward', 'data'],
     'bench_files': ['degrade', 'scenes'],
     'builder': ['bench_files', 'data', 'images', 'judge', 'reward', 'scoring', 'server'],
-    'scoring': ['reward', 'judge'],
+    'scoring': ['reward', 'judge', 'stats'],
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
-    'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report'],
+    'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report', 'stats'],
     'mmd_bench': [
         'degrade',
         'scenes',
@@ -55,11 +55,12 @@ MAY_IMPORT = {
     'ablations': ['paper', 'sft', 'bridge', 'grpo', 'mmd_bench'],
     'answer': ['generate', 'images', 'data'],
     'explore': ['answer', 'grpo', 'degrade', 'scenes'],
-    'perceptual': ['report', 'data'],
-    'report': ['paper', 'core'],
+    'perceptual': ['report', 'stats', 'data'],
+    'stats': ['core'],
+    'report': ['paper', 'stats', 'core'],
     'pipeline': ['core'],
     'gallery': ['mmd_bench', 'watch'],
-    'watch': ['report', 'train', 'data', 'reward', 'generate'],
+    'watch': ['stats', 'train', 'data', 'reward', 'generate'],
     'scale': {'images', 'model', 'paper'},
 }
 
