@@ -33,29 +33,30 @@ from scipy.io import savemat
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import PATHS, file_hash, rng
-from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
-from .decode import Noise, decode_text, prefill
-from .degrade import CORRUPTIONS, UnchangedWarning
-from .generate import Sampling, stop_and_ban, token_budget
-from .model import ClearModel
-from .mot import KVCache
-from .paper import paper_table
-from .presets import EvalParams, Preset
+from clear_nb.core import PATHS, file_hash, rng
+from clear_nb.data import PictureSet, corrupt, make_picture_set, prompts, scene_items
+from clear_nb.decode import Noise, decode_text, prefill
+from clear_nb.degrade import CORRUPTIONS, UnchangedWarning
+from clear_nb.generate import Sampling, stop_and_ban, token_budget
+from clear_nb.model import ClearModel
+from clear_nb.mot import KVCache
+from clear_nb.paper import paper_table
+from clear_nb.presets import EvalParams, Preset
 from clear_nb.report import (
+from clear_nb.report import finding
+from clear_nb.stats import (
     UNKNOWN,
     Estimate,
     bootstrap_average,
     bootstrap_mean,
     compare,
-    finding,
-    outcomes,
+    condition_outcomes,
     paired_difference,
     seed_interval,
     seed_text,
     verdict,
 )
-from .restore import decode_pixels, restore
+from clear_nb.restore import decode_pixels, restore
 
 # %% ../nbs/study/perceptual.ipynb #8c29bee7
 @dataclass(frozen=True)
@@ -638,7 +639,7 @@ def quality_scores(records: list, severities=('low', 'mid', 'hard')) -> pd.DataF
 # %% ../nbs/study/perceptual.ipynb #166e23e4
 def _accuracy(
     frame: pd.DataFrame | None, row: str, severity: str
-) -> Estimate | str:  # of `report.scores_frame`; key of STAGES or 'difference', others have none
+) -> Estimate | str:  # of `stats.scores_frame`; key of STAGES or 'difference', others have none
     if row not in ('difference', *COMPARED_STATES):
         return 'not asked'
     if frame is None:
@@ -647,7 +648,8 @@ def _accuracy(
         return compare(frame, 'correct', ('clear_rl', severity), ('clear_sft', severity))
     model = dict(sft='clear_sft', grpo='clear_rl')[row]
     return bootstrap_average(
-        list(outcomes(frame, model, severity).values()), rng('report', model, severity, 'AVG')
+        list(condition_outcomes(frame, model, severity).values()),
+        rng('report', model, severity, 'AVG'),
     )
 
 # %% ../nbs/study/perceptual.ipynb #9d20b7df
@@ -678,7 +680,7 @@ def _row4(
 def table4(
     records: list,  # of 05_perceptual, one per seed
     frame: pd.DataFrame
-    | None = None,  # accuracies, from `report.scores_frame`, of the benchmarks to average over
+    | None = None,  # accuracies, from `stats.scores_frame`, of the benchmarks to average over
     severity: str = 'hard',
     paper: pd.DataFrame | None = None,  # Table 4 of the paper
     scale: str = 'tiny',  # label of our columns

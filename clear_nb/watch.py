@@ -30,6 +30,7 @@ from .presets import GrpoParams, Preset
 from .report import bootstrap_average
 from .restore import decode_pixels
 from .reward import Reward, RewardWeights, score_rollout
+from .stats import bootstrap_average
 from .train import running_mean
 
 # %% ../nbs/stages/watch.ipynb #514764d0

@@ -20,26 +20,14 @@ from clear_nb.report import (
     DROP_CLAIMS,
     LABELS,
     SEVERITY_LABELS,
-    UNKNOWN,
-    Estimate,
-    bootstrap_average,
-    bootstrap_mean,
-    by_seed,
-    compare,
     decision_share,
-    drop_reduction,
     figure1,
     figure5,
     figure_labels,
     figure_sweeps,
     findings,
-    outcomes,
-    paired_difference,
     save_figure,
     save_table,
-    scores_frame,
-    seed_spread,
-    select_records,
     table1,
     table2,
     table3,
@@ -53,6 +41,20 @@ from clear_nb.report import (
     to_markdown,
     trigger_rates,
     trigger_table,
+)
+from clear_nb.stats import (
+    UNKNOWN,
+    Estimate,
+    bootstrap_average,
+    bootstrap_mean,
+    by_seed,
+    compare,
+    condition_outcomes,
+    drop_reduction,
+    paired_difference,
+    scores_frame,
+    seed_spread,
+    select_records,
 )
 
 SEVERITIES = ('clean', 'low', 'mid', 'hard')
@@ -195,7 +197,7 @@ def test_seeds():
     """Outcomes are averaged per item; seeds on different items are refused."""
     runs = [record(('base',), seed=k) for k in range(3)]
     frame = scores_frame(runs)
-    x = outcomes(frame, 'base', 'hard')['MMVP']
+    x = condition_outcomes(frame, 'base', 'hard')['MMVP']
     assert (
         x.shape == (100,)
         and set(np.round(x / 100 * 3)) <= {0, 1, 2, 3}
@@ -203,7 +205,7 @@ def test_seeds():
     )
     runs[1]['metrics']['scores']['base']['MMVP']['hard']['item_ids'] = 'other'
     with pytest.raises(ValueError, match='different items'):
-        outcomes(scores_frame(runs), 'base', 'hard')
+        condition_outcomes(scores_frame(runs), 'base', 'hard')
 
 
 def test_table1(frame):

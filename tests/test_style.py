@@ -57,7 +57,7 @@ MAY_IMPORT = {
     'builder': ['annotate', 'data'],
     'scoring': ['reward', 'judge'],
     'adapters': ['bench_files', 'generate', 'answer', 'server'],
-    'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report'],
+    'bench': ['bench_files', 'builder', 'scoring', 'adapters', 'report', 'stats'],
     'mmd_bench': [
         'degrade',
         'scenes',
@@ -78,7 +78,7 @@ MAY_IMPORT = {
     'pipeline': ['identity', 'readme', 'records'],
     'readme': ['core'],
     'gallery': ['mmd_bench', 'watch'],
-    'watch': ['report', 'train', 'data', 'reward', 'generate'],
+    'watch': ['stats', 'train', 'data', 'reward', 'generate'],
     'scale': {'images', 'model', 'paper'},
 }
 
