@@ -24,8 +24,9 @@ from . import degrade, scoring
 from .core import atomic_path
 from .evaluate import merge_parts
 from .records import versions
-from .report import Estimate, to_markdown
+from .report import to_markdown
 from .rows import BenchmarkRow
+from .stats import Estimate
 
 # %% ../nbs/bench/bench.ipynb #efe52bde
 def _protocol(name: str, rows: list, judge) -> str:  # rows: of this benchmark

@@ -33,17 +33,17 @@ from scipy.io import savemat
 from torch import Tensor
 from tqdm import tqdm
 
-from clear_nb.core import PATHS, file_hash, rng
-from clear_nb.data import PictureSet, corrupt, make_picture_set, prompts, scene_items
-from clear_nb.decode import Noise, decode_text, prefill
-from clear_nb.degrade import CORRUPTIONS, UnchangedWarning
-from clear_nb.generate import Sampling, stop_and_ban, token_budget
-from clear_nb.model import ClearModel
-from clear_nb.mot import KVCache
-from clear_nb.paper import paper_table
-from clear_nb.presets import EvalParams, Preset
-from clear_nb.report import (
-from clear_nb.report import finding
+from .core import PATHS, file_hash, rng
+from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
+from .decode import Noise, decode_text, prefill
+from .degrade import CORRUPTIONS, UnchangedWarning
+from .generate import Sampling, stop_and_ban, token_budget
+from .model import ClearModel
+from .mot import KVCache
+from .paper import paper_table
+from .presets import EvalParams, Preset
+from .report import finding
+from .restore import decode_pixels, restore
 from clear_nb.stats import (
     UNKNOWN,
     Estimate,
@@ -56,7 +56,6 @@ from clear_nb.stats import (
     seed_text,
     verdict,
 )
-from clear_nb.restore import decode_pixels, restore
 
 # %% ../nbs/study/perceptual.ipynb #8c29bee7
 @dataclass(frozen=True)

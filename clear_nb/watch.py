@@ -27,7 +27,6 @@ from .decode import Noise
 from .generate import Sampling
 from .model import ClearModel
 from .presets import GrpoParams, Preset
-from .report import bootstrap_average
 from .restore import decode_pixels
 from .reward import Reward, RewardWeights, score_rollout
 from .stats import bootstrap_average

@@ -19,7 +19,8 @@ from clear_nb.data import make_picture_set
 from clear_nb.paper import paper_table
 from clear_nb.presets import load_preset
 from clear_nb.records import make_record
-from clear_nb.report import paired_difference, save_table
+from clear_nb.report import save_table
+from clear_nb.stats import paired_difference
 
 GOLDEN = ROOT / 'tests' / 'golden'
 SCORES = list(csv.DictReader((GOLDEN / 'iqa' / 'scores_pyiqa0.1.16.csv').open()))
