@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from clear_nb.contents import LINKS, chapters, index_text, links_text, with_claims
 from clear_nb.core import ROOT
 from clear_nb.pipeline import library_notebooks
 from clear_nb.readme import readme_text
@@ -164,3 +165,29 @@ def test_no_machine_paths():
         '|'.join(['/wor' + 'k/', '/roo' + 't/', '/ho' + 'me/[a-z]', '/tm' + 'p/[a-z]'])
     )
     assert [(p.name, m[0]) for p in files for m in pattern.finditer(p.read_text())] == []
+
+
+def test_contents():
+    """The index names every chapter once, with its own claim, and every chapter links to its neighbours."""
+    order = chapters(index_text())
+    library = [p.relative_to(ROOT / 'nbs').as_posix() for p in LIBRARY]
+    assert sorted(c for c in order if '/' in c) == sorted(library)
+    assert with_claims(index_text()) == index_text(), 'run python -m clear_nb.contents'
+    inside = [c for c in order if '/' in c]
+    for k, name in enumerate(inside):
+        last = nbformat.read(ROOT / 'nbs' / name, 4).cells[-1]
+        assert last.id == LINKS and last.source == links_text(inside, k), (
+            f'{name}: run python -m clear_nb.contents'
+        )
+
+
+def test_reading_order():
+    """Inside a folder, a chapter only uses modules of chapters before it."""
+    place = {c: k for k, c in enumerate(chapters(index_text())) if '/' in c}
+    folder = {Path(c).stem: Path(c).parent.name for c in place}
+    number = {Path(c).stem: k for c, k in place.items()}
+    for module in MODULES:
+        names = re.findall(r'^from \.(\w+) import', module.read_text(encoding='utf-8'), flags=re.M)
+        for name in names:
+            if folder[name] == folder[module.stem]:
+                assert number[name] < number[module.stem], f'{module.stem} uses {name}'
