@@ -505,7 +505,7 @@ def _mean_shift_step(
 ) -> tuple:  # new (n, 5) state, (n,) bool: which points go on
     "Move the points of `order` by one step; for numba."
     width, depth = planes.shape[2], slots.shape[1]
-    band, held = np.empty((5, width * depth + 64), np.int32), np.full(depth, -1)
+    band, held = np.zeros((5, width * depth + 64), np.int32), np.full(depth, -1)
     out, goes_on = state.copy(), np.zeros(len(state), np.bool_)
     row, last_here = -1, np.full(width, -1)  # last point of this row in each column
     for p in order:
