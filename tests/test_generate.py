@@ -30,7 +30,7 @@ from clear_nb.mot import KVCache
 from clear_nb.restore import (
     RETURN_MODES,
     GuidanceCaches,
-    GuidedVelocity,
+    GuidedField,
     VelocityField,
     guidance_contexts,
     prefill_guidance,
@@ -930,7 +930,7 @@ def test_denoising_reads_nothing_back(g, sigma):
     guide = prefill_guidance(model, cache, ask, g)
     velocity = VelocityField(model, cache, z)
     if guide:
-        velocity = GuidedVelocity(model, cache, z, guide, grid)
+        velocity = GuidedField(model, cache, z, guide, grid)
         assert velocity.plain and velocity.joined  # built while the numbers are there
     model.to('meta')
     velocity = to_meta(velocity)

@@ -492,7 +492,7 @@ def test_guidance_contexts(model, context):
     meta, segments = read('infer_meta'), golden_segments(model, context)
     assert guidance_contexts(segments) == (segments[:3], [segments[0], segments[3]])
     more = prefill_guidance(model, fresh(model, segments), [segments], Guidance(4.0, 2.0))
-    for kind, cache in (('cfg_text', more['no_text']), ('cfg_img', more['no_image'])):
+    for kind, cache in (('cfg_text', more.no_text), ('cfg_img', more.no_image)):
         assert (
             cache.lens.tolist() == meta['kv_lens'][kind]
             and cache.rope.tolist() == meta['ropes'][kind]
