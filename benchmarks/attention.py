@@ -1,4 +1,4 @@
-"""Forward and backward of masked attention on a CPU: PyTorch's fused kernel against the plain formula, side by side.
+"""Compare forward and backward of masked attention on a CPU: the fused kernel and the formula.
 
 .venv/bin/python benchmarks/attention.py
 """
@@ -28,8 +28,13 @@ def main(R=32, H=6, L=160, d=32, repeats=7):
         q, k, v = (
             torch.randn(R, H, L, d, generator=g).to(dtype).requires_grad_() for _ in range(3)
         )
-        fused = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-        plain = lambda q, k, v: attend_plain(q, k, v, mask)
+
+        def fused(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+
+        def plain(q, k, v):
+            return attend_plain(q, k, v, mask)
+
         assert torch.allclose(
             fused(q, k, v).float(),
             plain(q, k, v).float(),
@@ -37,7 +42,8 @@ def main(R=32, H=6, L=160, d=32, repeats=7):
         )
         ratios = [seconds(fused, q, k, v) / seconds(plain, q, k, v) for _ in range(repeats + 1)][1:]
         print(
-            f'{str(dtype):15} fused / plain: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}, R={R} H={H} L={L} d={d}'
+            f'{str(dtype):15} fused / plain: median {statistics.median(ratios):.2f}, '
+            f'{min(ratios):.2f} to {max(ratios):.2f}, R={R} H={H} L={L} d={d}'
         )
 
 

@@ -1,15 +1,23 @@
-"""One update of stage 3: rollouts in one batch against one by one, the price of the flow term, memory against the size of a group.
+"""Measure one update of stage 3: rollouts, the flow term, and memory.
 
     .venv/bin/python benchmarks/grpo.py --shapes tiny 100m --out grpo.json
 
-Random weights. What is compared runs in turns in one process; on a CPU one thread and processor seconds are counted. Only ratios and memory carry over to other machines.
+Three things are compared: rollouts in one batch against one by one, the loss with its flow term
+against the loss without, and memory against the size of a group.
 
-Two loops stand for rollouts one by one. Both make exactly the trajectories of the batch, which is asserted:
-rebuilt makes its cache anew for every token, by a pass over the whole context, and once for every restoration.
-copied keeps its cache and copies all of it for every token; a finished text is thrown away and prefilled again. This is what the published code
-does, which further fills two contexts for guidance that it then does not use; those are left out here.
-Denoising itself costs both loops the same work as the batch, so on a processor that is busy with one row the second ratio is bounded by its share.
-Both run on a few trajectories. Seconds of all members: the mean over the direct and over the restoring ones, weighted by how often each occurred.
+The weights are random. What is compared runs in turns in one process; on a CPU one thread and
+processor seconds are counted. Only ratios and memory carry over to other machines.
+
+Two loops stand for rollouts one by one. Both make exactly the trajectories of the batch, which is
+asserted. `Rebuilt` makes its cache anew for every token, by a pass over the whole context, and once
+for every restoration. `Copied` keeps its cache and copies all of it for every token; a finished
+text is thrown away and prefilled again. The published code works like `Copied`; it further fills
+two contexts for guidance that it then does not use, which are left out here.
+Denoising itself costs both loops the same work as the batch, so on a processor that is busy with
+one row the second ratio is bounded by the share of denoising.
+
+Both loops run on a few trajectories. The seconds of all members are the mean over the direct and
+over the restoring ones, weighted by how often each occurred.
 """
 
 import argparse
@@ -52,7 +60,9 @@ class Words:
 
 
 class Leaning(nn.Module):
-    "A text head that leans towards some tokens; `forced` lists the token of every call to come, None where it may choose"
+    """A text head that leans towards some tokens; `forced` lists the token of every call to come,
+    None where it may choose
+    """
 
     def __init__(self, head, lean):
         super().__init__()
@@ -72,7 +82,9 @@ class Leaning(nn.Module):
 
 
 def world(name, device='cpu', chance=0.025):
-    "A model that asks for a restoration, or ends its text, with this chance at every token; the latent of its pictures"
+    """A model that asks for a restoration, or ends its text, with this chance at every token; the
+    latent of its pictures
+    """
     model, z = build(name, device)
     V = model.cfg.llm['vocab_size']
     more = (
@@ -86,17 +98,26 @@ def world(name, device='cpu', chance=0.025):
 
 
 def questions(model, z, n, text=40):
-    "Contexts as in stage 3: latent and picture of the degraded image, a question; as many ViT as latent tokens"
+    """Contexts as in stage 3: latent and picture of the degraded image, a question; as many ViT as
+    latent tokens
+    """
     px = z.shape[-1] // model.cfg.latent_patch * model.cfg.vit.patch
-    image = lambda i: torch.rand(3, px, px, generator=torch_rng('image', i)) * 2 - 1
-    latent = lambda i: torch.randn(z.shape, generator=torch_rng('latent', i))
+
+    def image(i):
+        return torch.rand(3, px, px, generator=torch_rng('image', i)) * 2 - 1
+
+    def latent(i):
+        return torch.randn(z.shape, generator=torch_rng('latent', i))
+
     return [
         [LatentSegment(latent(i)), VitSegment(image(i)), *prompt(model, text, i)] for i in range(n)
     ]
 
 
 def sampling(a, **changes):
-    "Stage 3's sampling (params/tiny.yaml): temperature 1, SDE, at most one restoration, through the bridge"
+    """Stage 3's sampling (params/tiny.yaml): temperature 1, SDE, at most one restoration, through
+    the bridge
+    """
     return Sampling(
         **{
             **dict(
@@ -166,7 +187,9 @@ class Copied:
 
 
 def spell(context, u, s, eos, stop):
-    "One text, token by token; `u` holds one uniform number per token and one for the question whether it ends there"
+    """One text, token by token; `u` holds one uniform number per token and one for the question
+    whether it ends there
+    """
     turn = Turn()
     for k in range(len(u)):
         token, logp = (
@@ -218,7 +241,10 @@ def alone(make, model, segments, s, row):
 
 def same(a, b):
     "The same tokens, the same restored latents"
-    close = lambda x, y: torch.allclose(x.latent, y.latent, atol=1e-3)
+
+    def close(x, y):
+        return torch.allclose(x.latent, y.latent, atol=1e-3)
+
     return (
         [t.ids for t in a.turns] == [t.ids for t in b.turns]
         and len(a.restorations) == len(b.restorations)
@@ -227,7 +253,9 @@ def same(a, b):
 
 
 def check(model, z, a):
-    "Both loops against the batch on a small case: sampled, and greedy with and without a restoration"
+    """Both loops against the batch on a small case: sampled, and greedy with and without a
+    restoration
+    """
     ask, lean, head = (
         questions(model, z, 2),
         model.language_model.lm_head.lean,
@@ -252,16 +280,22 @@ def spoken(r):
 def typical(rolls, few):
     "Per kind, direct and restoring: how many there are, and `few` of median length"
     kinds = [[i for i, r in enumerate(rolls) if bool(r.restorations) == k] for k in (False, True)]
-    middle = lambda k: sorted(
-        k, key=lambda i: abs(spoken(rolls[i]) - statistics.median(spoken(rolls[j]) for j in k))
-    )
+
+    def middle(k):
+        return sorted(
+            k, key=lambda i: abs(spoken(rolls[i]) - statistics.median(spoken(rolls[j]) for j in k))
+        )
+
     return [(len(k), middle(k)[:few]) for k in kinds if k]
 
 
 def rollouts(model, z, a):
     "All trajectories of a step in one batch against one by one"
     s, ask = sampling(a), questions(model, z, a.prompts)
-    batch = lambda: generate(model, ask, s, SEED, a.group)
+
+    def batch():
+        return generate(model, ask, s, SEED, a.group)
+
     rolls = batch()
     kinds = typical(rolls, a.few)
     for make in (Rebuilt, Copied):
@@ -270,9 +304,10 @@ def rollouts(model, z, a):
             for _, some in kinds
             for i in some[:1]
         )
-    one = lambda make, some: (
-        lambda: lambda: [alone(make, model, rolls[i].prompt, s, i) for i in some]
-    )
+
+    def one(make, some):
+        return lambda: lambda: [alone(make, model, rolls[i].prompt, s, i) for i in some]
+
     jobs = {
         (make.__name__.lower(), k): one(make, some)
         for make in (Rebuilt, Copied)
@@ -330,7 +365,10 @@ def training(model, rolls, a):
         for flow in (0.3, 0.0)
     }
     t = in_turns(jobs, a.train_repeats, a.device)
-    tokens = lambda r, steps: token_count(rollout_segments(r, steps), model.shape)
+
+    def tokens(r, steps):
+        return token_count(rollout_segments(r, steps), model.shape)
+
     return {
         k: dict(
             ratio(t, (k, 0.3), (k, 0.0)),
@@ -355,7 +393,9 @@ def high_water(reset=False):
 
 
 def child(name, group, a):
-    "Peak memory of rollouts and of one undivided update for one question; every member speaks the full length and restores once"
+    """Peak memory of rollouts and of one undivided update for one question; every member speaks the
+    full length and restores once
+    """
     model, z = world(name, chance=0.0)
     s = sampling(a)
     model.language_model.lm_head.forced = (
@@ -407,7 +447,10 @@ def memory(name, a):
         )
         for g in a.groups
     ]
-    line = lambda k: linregress(a.groups, [r[k] for r in runs])
+
+    def line(k):
+        return linregress(a.groups, [r[k] for r in runs])
+
     fit = {
         k: dict(mib_per_member=line(k).slope, intercept=line(k).intercept, r2=line(k).rvalue ** 2)
         for k in ('rollouts', 'update')
@@ -426,7 +469,8 @@ def report(name, a, r, out):
     "Print the numbers of a shape"
     n, per = r['trajectories'], r['per_second']
     print(
-        f'{name:5} {a.prompts} x {a.group} members: {100 * r["restored"]:.0f} % restored, {r["tokens"]:.1f} tokens each; trajectories/s: '
+        f'{name:5} {a.prompts} x {a.group} members: {100 * r["restored"]:.0f} % restored, '
+        f'{r["tokens"]:.1f} tokens each; trajectories/s: '
         + ', '.join(f'{k} {v:.3g}' for k, v in per.items())
         + f' (one by one: {r["timed_alone"]} timed, scaled to {n})'
     )
@@ -452,7 +496,8 @@ def measure(name, a):
     "All numbers of one shape"
     model, z = world(name, a.device)
     print(
-        f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {a.device}, {torch.get_num_threads()} thread(s)',
+        f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, '
+        f'{a.device}, {torch.get_num_threads()} thread(s)',
         flush=True,
     )
     check(model, z, a)
@@ -463,11 +508,13 @@ def measure(name, a):
         m = out['memory'] = memory(name, a)
         for k in ('rollouts', 'update'):
             print(
-                f'{name:5} peak of {k} for G = {m["groups"]}: {", ".join(f"{p[k]:.0f}" for p in m["peaks"])} MiB; '
+                f'{name:5} peak of {k} for G = {m["groups"]}: '
+                f'{", ".join(f"{p[k]:.0f}" for p in m["peaks"])} MiB; '
                 f'{m[k]["mib_per_member"]:.2f} MiB per member, R² {m[k]["r2"]:.4f}'
             )
         print(
-            f'{name:5} of which key-value cache: {m["peaks"][0]["cache_mib_per_member"]:.2f} MiB per member',
+            f'{name:5} of which key-value cache: '
+            f'{m["peaks"][0]["cache_mib_per_member"]:.2f} MiB per member',
             flush=True,
         )
     return out

@@ -1,10 +1,13 @@
-"""Trajectories in shared rows against one row each: padding, pairs of attention, and seconds of a training pass, side by side.
+"""Compare trajectories in shared rows with one row each: padding, pairs of attention, seconds.
 
     .venv/bin/python benchmarks/packing.py --shapes tiny 100m --out packing.json
 
-Random weights and a batch as in stage 1: half of the trajectories restore, half answer at once; pictures and texts differ in size. All budgets are run in turns in one
-process and must give the same loss; on a CPU one thread and processor seconds are counted. Linear layers never see padding, so only attention can gain or lose.
-With the dense mask a row of L places costs L² pairs, whatever they hold; on a GPU flex attention skips the blocks of 128 x 128 pairs in which nothing is visible.
+The weights are random and the batch is as in stage 1: half of the trajectories restore, half answer
+at once; pictures and texts differ in size. All budgets are run in turns in one process and must
+give the same loss; on a CPU one thread and processor seconds are counted. Linear layers never see
+padding, so only attention can gain or lose. With the dense mask a row of L places costs L² pairs,
+whatever the places hold; on a GPU flex attention skips the blocks of 128 x 128 pairs in which
+nothing is visible.
 """
 
 import argparse
@@ -31,15 +34,23 @@ from clear_nb.trajectory import (
 
 
 def trajectory(model, side, k):
-    "A direct (odd `k`) or restoring (even `k`) trajectory about a picture of up to side x side tokens"
+    """A direct (odd `k`) or restoring (even `k`) trajectory about a picture of up to side x side
+    tokens
+    """
     g, cfg = rng('packing', side, k), model.cfg
     h, w = (int(n) for n in g.integers(side // 2, side + 1, 2))
-    noise = lambda i: torch.randn(
-        cfg.vae.z, h * cfg.latent_patch, w * cfg.latent_patch, generator=torch_rng('packing', k, i)
-    )
-    words = lambda low, high: TextSegment(
-        prompt(model, int(g.integers(low, high)), k)[0].ids, loss=True
-    )
+
+    def noise(i):
+        return torch.randn(
+            cfg.vae.z,
+            h * cfg.latent_patch,
+            w * cfg.latent_patch,
+            generator=torch_rng('packing', k, i),
+        )
+
+    def words(low, high):
+        return TextSegment(prompt(model, int(g.integers(low, high)), k)[0].ids, loss=True)
+
     seen = [
         LatentSegment(noise(0)),
         VitSegment(
@@ -61,7 +72,9 @@ def trajectory(model, side, k):
 
 
 def used(layout):
-    "Share of padding, pairs of attention that are computed with the dense mask, and those in blocks that flex attention does not skip"
+    """Share of padding, pairs of attention that are computed with the dense mask, and those in
+    blocks that flex attention does not skip
+    """
     R, L = layout.sample.shape
     kept = sum(
         int(n.sum())
@@ -141,11 +154,14 @@ def main(argv=None):
         for row in measure(s, a.trajectories, [0, *a.budgets], a.repeats, a.device)
     ]
     print(
-        'shape  budget  rows x length  padding  pairs/visible  blocks/visible  seconds  faster than one row each'
+        'shape  budget  rows x length  padding  pairs/visible  blocks/visible  '
+        'seconds  faster than one row each'
     )
     for f in found:
         print(
-            f'{f["shape"]:>5}  {f["budget"]:6}  {f["rows"]:4} x {f["length"]:<6}  {f["padding"]:7.0%}  {f["pairs"] / f["visible"]:13.1f}  {f["blocks"] / f["visible"]:14.1f}  {f["seconds"]:7.2f}  '
+            f'{f["shape"]:>5}  {f["budget"]:6}  {f["rows"]:4} x {f["length"]:<6}  '
+            f'{f["padding"]:7.0%}  {f["pairs"] / f["visible"]:13.1f}  '
+            f'{f["blocks"] / f["visible"]:14.1f}  {f["seconds"]:7.2f}  '
             f'{f["speed"]["median"]:.2f} ({f["speed"]["min"]:.2f} to {f["speed"]["max"]:.2f})'
         )
     if a.out:

@@ -844,6 +844,7 @@ def main(argv: list = None):
     "Train stage 3: accelerate launch -m clear_nb.grpo params/tiny.yaml --seed 0"
     preset, seed, source, judge = stage_arguments(argv, main.__doc__, dict(judge=JUDGE_HELP))
     folder = stage_folder(preset.name, seed, 'grpo')
+    who = judge_of(judge, folder)
     acc = accelerator(logs=stage_folder(preset.name, seed, 'logs') / 'grpo')
     model = load_stage(preset, seed, 'bridge')
     train_grpo(
@@ -854,7 +855,7 @@ def main(argv: list = None):
         acc,
         folder.with_name('grpo_state.pt'),
         saved_in(folder),
-        judge=judge_of(judge, folder),
+        judge=who,
         workers=8 if judge else 1,
     )
     acc.end_training()

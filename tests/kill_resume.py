@@ -1,4 +1,6 @@
-"""Kill a stage at random moments with SIGKILL, start it again, and compare its weights with those of an undisturbed run.
+"""Kill a stage at random moments with SIGKILL and start it again.
+
+Its weights are compared with those of an undisturbed run.
 
 python tests/kill_resume.py 20          # 20 kills over SFT, bridge and GRPO at preset smoke
 """
@@ -93,9 +95,12 @@ def run(stage, made, out, name, trap=None):
     if trap:
         trap.__enter__()
     model = copy.deepcopy(made[0])
-    save = lambda m, history: save_file(
-        {k: v.clone() for k, v in m.state_dict().items()}, out / f'{name}.safetensors'
-    )
+
+    def save(m, history):
+        return save_file(
+            {k: v.clone() for k, v in m.state_dict().items()}, out / f'{name}.safetensors'
+        )
+
     train(
         stage,
         smoke(6, **CHANGES),

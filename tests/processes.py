@@ -11,7 +11,9 @@ from clear_nb.core import ROOT
 
 
 def waited(pids, seconds=120):
-    """Wait statuses of forked children in their order; those that are alive after `seconds` are killed and TimeoutError names them."""
+    """Wait statuses of forked children in their order; those that are alive after `seconds` are
+    killed and TimeoutError names them.
+    """
     left, status, until = set(pids), {}, time.monotonic() + seconds
     while left and time.monotonic() < until:
         for pid in sorted(left):
@@ -25,13 +27,16 @@ def waited(pids, seconds=120):
         os.waitpid(pid, 0)
     if left:
         raise TimeoutError(
-            f'child {[list(pids).index(k) for k in sorted(left)]} of {len(pids)} did not end within {seconds} s'
+            f'child {[list(pids).index(k) for k in sorted(left)]} of {len(pids)} '
+            f'did not end within {seconds} s'
         )
     return [status[pid] for pid in pids]
 
 
 def python(*args, seconds=300, cwd=ROOT, **env):
-    """Run this Python with a package path and one thread, in a process group that ends with it; returns a CompletedProcess with text."""
+    """Run this Python with a package path and one thread, in a process group that ends with it;
+    returns a CompletedProcess with text.
+    """
     env = {
         **os.environ,
         'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),

@@ -65,8 +65,13 @@ def half_restoring(model, items, pairs, cfg, seed, step, chunk=0, first=0):
 
 
 def by_tokens(rollouts, *args):
-    """Rewards that depend on every token, since an untrained model gives no answer that could be judged."""
-    value = lambda r: sum(i * (k + 1) for t in r.turns for k, i in enumerate(t.ids)) % 11 / 11
+    """Rewards that depend on every token, since an untrained model gives no answer that could be
+    judged.
+    """
+
+    def value(r):
+        return sum(i * (k + 1) for t in r.turns for k, i in enumerate(t.ids)) % 11 / 11
+
     return [Reward(value(r), 0.0, 0.0, value(r)) for r in rollouts]
 
 

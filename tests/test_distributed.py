@@ -1,4 +1,6 @@
-"""One process and two give the same training, under DDP and FSDP 2, on a CPU with gloo; a fault on one of them stops both."""
+"""One process and two give the same training, under DDP and FSDP 2, on a CPU with gloo; a fault on
+one of them stops both.
+"""
 
 import copy
 import os
@@ -55,7 +57,7 @@ def preset(**changes):
 
 
 def same(made, out, acc):
-    """Every stage, with images in the first half of a batch only; history and weights go to a file."""
+    """Train every stage, with images in the first half of a batch only; write what came out."""
     p = preset(
         **{
             'train.row_tokens': 2000 * (out.name == 'packed'),
@@ -66,10 +68,12 @@ def same(made, out, acc):
         model, kept, pieces = copy.deepcopy(made[0]), {}, []
         if out.name == 'lazy':
             made = (made[0], lazy_picture_set(model, made[1].items, 4), *made[2:])
-        keep = lambda m, history: (
-            kept.update({k: v.clone() for k, v in m.state_dict().items()})
-            or pieces.append(isinstance(model.vae2llm.weight, DTensor))
-        )
+
+        def keep(m, history):
+            return kept.update({k: v.clone() for k, v in m.state_dict().items()}) or pieces.append(
+                isinstance(model.vae2llm.weight, DTensor)
+            )
+
         history = train_by_halves(
             stage,
             p,
@@ -84,7 +88,7 @@ def same(made, out, acc):
 
 def faults(made, out, acc):
     """A value that is not a number on the second process only."""
-    plain, rolls = sft.sft_loss, grpo.rollout_batch
+    plain = sft.sft_loss
 
     def spoilt_loss(*a):
         value, logs = plain(*a)
@@ -129,7 +133,7 @@ def child(made, out, rank, size, env, port):
 
 
 def main(out):
-    """All jobs, each in processes forked from this one, which has made the model and never trains."""
+    """Start all jobs in processes forked from this one, which made the model and never trains."""
     made = world(preset())
     for name, (size, env) in JOBS.items():
         (out / name).mkdir()
@@ -171,7 +175,10 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize('engine', ['ddp', 'fsdp', 'packed', 'lazy'])
 @pytest.mark.parametrize('stage', STAGES)
 def test_one_process_is_two(results, engine, stage):
-    """Loss within 1e-6 of its size at every step, weights within 1e-5 after five; one process has no image in its rows; also when trajectories share rows or the training model's pictures are encoded late."""
+    """Loss within 1e-6 of its size at every step, weights within 1e-5 after five; one process has
+    no image in its rows; also when trajectories share rows or the training model's pictures are
+    encoded late.
+    """
     (want, weights, _), (found, others, pieces) = (
         torch.load(results / job / f'{stage}.pt') for job in ('alone', engine)
     )
@@ -193,7 +200,9 @@ def test_one_process_is_two(results, engine, stage):
 
 @pytest.mark.parametrize('engine', ['ddp', 'fsdp'])
 def test_a_fault_stops_all(results, engine):
-    """What is not a number on one process ends both, with the same words; a trajectory is named by its number in the step."""
+    """What is not a number on one process ends both, with the same words; a trajectory is named by
+    its number in the step.
+    """
     first, second = ((results / engine / f'said{k}').read_text().splitlines() for k in (0, 1))
     assert first == second and first[0].startswith('SFT clear, step 0: the loss is nan')
     assert (

@@ -1,4 +1,6 @@
-"""Stage 3: rollouts are scored in the context they were made in, and the update points where it should."""
+"""Stage 3: rollouts are scored in the context they were made in, and the update points where it
+should.
+"""
 
 import math
 import re
@@ -68,14 +70,23 @@ def preset(**changes):
 
 
 def taught(model, toys, steps=60):
-    """Teach traces without, with one and with two restorations, and one that is too long; the generator's last layer gets weights."""
+    """Teach traces without, with one and with two restorations, and one that is too long; the
+    generator's last layer gets weights.
+    """
     tok, g = model.tokenizer, torch_rng('teach')
-    say = lambda s: [TextSegment(encode_text(tok, s), loss=True)]
-    seen = lambda: [
-        *say(f'<think>x</think>{MARKER}'),
-        LatentSegment(torch.randn(toys.seen_z.shape[1:], generator=g)),
-    ]
-    end = lambda a: say(f'<think>x</think><answer>{a}</answer>')
+
+    def say(s):
+        return [TextSegment(encode_text(tok, s), loss=True)]
+
+    def seen():
+        return [
+            *say(f'<think>x</think>{MARKER}'),
+            LatentSegment(torch.randn(toys.seen_z.shape[1:], generator=g)),
+        ]
+
+    def end(a):
+        return say(f'<think>x</think><answer>{a}</answer>')
+
     shapes = [
         lambda: end('red'),
         lambda: end('3'),
@@ -117,7 +128,9 @@ def toy(start):
 
 @pytest.fixture
 def rolled(toy):
-    """Rollouts of one step, chosen denoising steps, rewards that tell red and restorations from the rest."""
+    """Rollouts of one step, chosen denoising steps, rewards that tell red and restorations from the
+    rest.
+    """
     toy.rolls = rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, 0, 0)
     toy.steps = choose_steps(toy.rolls, torch_rng('steps'))
     toy.pay = torch.tensor(
@@ -164,7 +177,9 @@ def with_restorations(toy, n, max_restores=2, seed=0):
 
 
 def test_ratio_is_one(rolled):
-    """Direct, restored and truncated trajectories in one batch: every recomputed log-probability equals the recorded one (fp32)."""
+    """Direct, restored and truncated trajectories in one batch: every recomputed log-probability
+    equals the recorded one (fp32).
+    """
     kinds = {(len(r.restorations), r.turns[-1].ended) for r in rolled.rolls}
     assert {(0, True), (1, True), (0, False)} <= kinds
     with torch.no_grad():
@@ -204,7 +219,9 @@ def test_other_temperature(toy):
 
 
 def test_sampler_mean_at_every_step(rolled):
-    """On the whole grid, the noise that the sampler drew is what separates its state from the recomputed mean."""
+    """On the whole grid, the noise that the sampler drew is what separates its state from the
+    recomputed mean.
+    """
     row = next(i for i, r in enumerate(rolled.rolls) if r.restorations)
     d = rolled.rolls[row].restorations[0]
     z = rolled.noise.steps([row], 0, len(d.times) - 1, d.latent.shape, rolled.patch)[0]
@@ -216,7 +233,9 @@ def test_sampler_mean_at_every_step(rolled):
 
 
 def test_bf16(toy):
-    """Under autocast the ratios stay near one, and the rollouts leave no gradient-free copies of weights behind."""
+    """Under autocast the ratios stay near one, and the rollouts leave no gradient-free copies of
+    weights behind.
+    """
     with torch.autocast('cpu', torch.bfloat16):
         loss, logs = grpo_step(GrpoRun(toy.model, toy.pool, toy.cfg), 0)
     loss.backward()
@@ -236,7 +255,9 @@ def test_bf16(toy):
 
 
 def test_noisy_state_is_private(rolled):
-    """Any other x_t leaves every text log-probability as it is, before and after the picture; only its own step changes."""
+    """Any other x_t leaves every text log-probability as it is, before and after the picture; only
+    its own step changes.
+    """
     with torch.no_grad():
         h = hidden(rolled.model, rolled.rolls, rolled.steps)
         text = text_logp(rolled.model, h)
@@ -252,7 +273,9 @@ def test_noisy_state_is_private(rolled):
 
 
 def test_end_actions(rolled):
-    """One action per sampled id, one more where the end token was sampled, none for a text that was cut or closed by the marker."""
+    """One action per sampled id, one more where the end token was sampled, none for a text that was
+    cut or closed by the marker.
+    """
     p = pack([rollout_segments(r) for r in rolled.rolls], rolled.model.shape)
     turns = [t for r in rolled.rolls for t in r.turns]
     for k, t in enumerate(turns):
@@ -262,7 +285,9 @@ def test_end_actions(rolled):
 
 
 def test_two_restorations(toy):
-    """A trajectory may restore twice: two chosen steps, two noisy segments, ratios of one, weights that share 1/B."""
+    """A trajectory may restore twice: two chosen steps, two noisy segments, ratios of one, weights
+    that share 1/B.
+    """
     rolls, twice = with_restorations(toy, 2)
     assert twice
     steps = choose_steps(rolls, torch_rng('steps'))
@@ -285,9 +310,10 @@ def test_two_restorations(toy):
 
 def test_chunks_and_resampling(toy):
     """Rollouts depend on seed, step and row only."""
-    texts = lambda *a, **k: [
-        r.texts for r in rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, *a, **k)
-    ]
+
+    def texts(*a, **k):
+        return [r.texts for r in rollout_batch(toy.model, toy.pool, toy.pairs, toy.cfg, *a, **k)]
+
     assert (
         texts(0, 0) == texts(0, 0, chunk=1) == texts(0, 0, chunk=3)
         and texts(0, 0) != texts(0, 1)
@@ -305,7 +331,9 @@ def test_chunks_and_resampling(toy):
 
 
 def test_chunks_of_mixed_kinds(toy):
-    """The same with none, one and two decoded and re-read restorations: texts, states and recorded pixels."""
+    """The same with none, one and two decoded and re-read restorations: texts, states and recorded
+    pixels.
+    """
     cfg = replace(toy.cfg, mode='reencode', max_restores=2)
     want, *others = (
         rollout_batch(toy.model, toy.pool, toy.pairs, cfg, 0, 0, chunk=c) for c in (None, 1, 3)
@@ -322,7 +350,9 @@ def test_chunks_of_mixed_kinds(toy):
 
 
 def test_pieces_of_mixed_kinds(toy):
-    """One update over trajectories of all modes and policies: pieces of any size give one gradient, and every ratio is 1."""
+    """One update over trajectories of all modes and policies: pieces of any size give one gradient,
+    and every ratio is 1.
+    """
     o, samples = Objective(), []
     for n, option in enumerate(
         (
@@ -349,9 +379,13 @@ def test_pieces_of_mixed_kinds(toy):
 
 
 def test_memory_formula(toy, monkeypatch):
-    """The caches that live at the same time stay below the stated bound, reach its first two terms, and grow linearly with the group."""
+    """The caches that live at the same time stay below the stated bound, reach its first two terms,
+    and grow linearly with the group.
+    """
     live, peak = weakref.WeakSet(), []
-    held = lambda c: sum(t.nbytes for t in [*c.k, *c.v, *vars(c.layout).values(), c.lens, c.rope])
+
+    def held(c):
+        return sum(t.nbytes for t in [*c.k, *c.v, *vars(c.layout).values(), c.lens, c.rope])
 
     def book(make):
         def made(*a, **k):
@@ -406,7 +440,9 @@ def test_batch_is_a_sum(rolled):
 @pytest.mark.parametrize('micro', [None, 6])
 @pytest.mark.parametrize('budget', [1, 150, 10_000], ids=['longest', 'some', 'all'])
 def test_shared_rows(rolled, budget, micro):
-    """Trajectories that share rows: the log-probabilities of all tokens and denoising steps, in their order, and the gradient are those of one row each."""
+    """Trajectories that share rows: the log-probabilities of all tokens and denoising steps, in
+    their order, and the gradient are those of one row each.
+    """
     found, samples, ref = [], rolled.samples(), reference(rolled.model)
     with torch.no_grad():
         for m in rolled.model.parameters():
@@ -434,7 +470,9 @@ def test_shared_rows(rolled, budget, micro):
 
 @pytest.mark.parametrize('norm', ['grpo', 'dr_grpo', 'bnpo'])
 def test_pieces(rolled, norm):
-    """Any piece size gives the gradient of the whole batch, in any order of members, for every normalisation."""
+    """Any piece size gives the gradient of the whole batch, in any order of members, for every
+    normalisation.
+    """
     o = replace(rolled.o, norm=norm, beta=0.04)
     samples, ref = rolled.samples(norm=norm), reference(rolled.model)
     whole, logs = grpo_loss(rolled.model, samples, o, ref)
@@ -449,7 +487,9 @@ def test_pieces(rolled, norm):
 
 
 def test_normalisations(rolled):
-    """grpo is the mean over trajectories of the mean over tokens, bnpo the mean over tokens, dr_grpo a sum over a constant."""
+    """grpo is the mean over trajectories of the mean over tokens, bnpo the mean over tokens,
+    dr_grpo a sum over a constant.
+    """
     A, rolls = advantages(rolled.pay)[0].flatten(), rolled.rolls
     n = torch.tensor([float(sum(len(t.logp) for t in r.turns)) for r in rolls])
 
@@ -478,7 +518,9 @@ def test_normalisations(rolled):
 
 
 def test_flow_gradient(rolled):
-    """The flow loss has the gradient of −Â log p of the chosen steps, averaged over all trajectories."""
+    """The flow loss has the gradient of −Â log p of the chosen steps, averaged over all
+    trajectories.
+    """
     samples = [s for s in rolled.samples() if s.rollout.restorations]
     h = hidden(rolled.model, [s.rollout for s in samples], [s.steps for s in samples])
     logp = flow_logp(
@@ -513,7 +555,9 @@ def test_equal_rewards_teach_nothing(rolled):
 
 
 def test_outage_is_not_zero(rolled):
-    """A member without a reward changes neither the statistics of its group nor the gradient; a reward of 0 would."""
+    """A member without a reward changes neither the statistics of its group nor the gradient; a
+    reward of 0 would.
+    """
     missing, zero = rolled.pay.clone(), rolled.pay.clone()
     best = int(rolled.pay.flatten().argmax())
     missing.view(-1)[best], zero.view(-1)[best] = float('nan'), 0.0
@@ -536,9 +580,10 @@ def test_outage_is_not_zero(rolled):
 def test_judge_outage_in_a_step(toy):
     """Some failures are masked and counted; when nothing can be scored the step stops."""
     calls = iter(range(10**6))
-    flaky = lambda q, said: (
-        Outage('timeout') if next(calls) % 3 == 0 else AnswerScore(float(said == 'red'))
-    )
+
+    def flaky(q, said):
+        return Outage('timeout') if next(calls) % 3 == 0 else AnswerScore(float(said == 'red'))
+
     loss, logs = grpo_step(GrpoRun(toy.model, toy.pool, toy.cfg, judge=flaky), 0)
     assert 0 < logs['missing'] < 16 and torch.isfinite(loss)
 
@@ -550,7 +595,9 @@ def test_judge_outage_in_a_step(toy):
 
 
 def test_judge_behind_a_server(toy, monkeypatch):
-    """A language model as judge, several answers at a time: an outage and an unreadable reply are left out, by kind, with a warning; a refused key stops."""
+    """A language model as judge, several answers at a time: an outage and an unreadable reply are
+    left out, by kind, with a warning; a refused key stops.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'any')
     replies = ['0.5', Status(500), 'no idea', '1']
     rolls, step = (
@@ -585,7 +632,9 @@ def test_judge_behind_a_server(toy, monkeypatch):
 
 
 def test_answers_are_judged_side_by_side():
-    """With four workers four answers are with the judge at the same time (each waits for the others), and outcomes keep their order."""
+    """With four workers four answers are with the judge at the same time (each waits for the
+    others), and outcomes keep their order.
+    """
     meet, rolls = (
         threading.Barrier(4),
         [Space(parsed=Space(answer=f'{i}', valid=True), restorations=[]) for i in range(8)],
@@ -604,7 +653,9 @@ def test_answers_are_judged_side_by_side():
 
 
 def test_reward_weights_reach_the_step(toy):
-    """w_dec = 0 leaves the decision out of reward and advantage; w_cost takes its share off every restoration."""
+    """w_dec = 0 leaves the decision out of reward and advantage; w_cost takes its share off every
+    restoration.
+    """
 
     def step(**o):
         return grpo_step(GrpoRun(toy.model, toy.pool, replace(toy.cfg, **o), judge=likes_red), 0)[1]
@@ -634,7 +685,9 @@ def test_progress_bar(toy, capsys, monkeypatch):
 
 
 def test_lambda_zero(rolled):
-    """Without the flow loss nothing flows through the velocity head; with it something does. The bridge learns either way."""
+    """Without the flow loss nothing flows through the velocity head; with it something does. The
+    bridge learns either way.
+    """
     for lam in (0.0, 0.3):
         rolled.model.zero_grad()
         accumulate_gradients(
@@ -646,7 +699,9 @@ def test_lambda_zero(rolled):
 
 
 def test_answer_reaches_the_restored_latent(rolled):
-    """The log-probability of the answer has a gradient at the restored latent: there is no decoding in between (§3.3)."""
+    """The log-probability of the answer has a gradient at the restored latent: there is no decoding
+    in between (§3.3).
+    """
     r = next(r for r in rolled.rolls if r.restorations)
     segments = rollout_segments(r)
     k = max(i for i, s in enumerate(segments) if isinstance(s, LatentSegment))
@@ -662,7 +717,9 @@ EXPERT = ('_moe_gen', 'vae2llm', 'llm2vae', 'time_embedder')
 
 
 def answer_gradient(toy, mode, inputs, k):
-    """Gradient norms of the answer's log-probability, by name of the generation expert's parameters."""
+    """Gradient norms of the answer's log-probability, by name of the generation expert's
+    parameters.
+    """
     ask, s = (
         prompts(toy.model.tokenizer, toy.pool, toy.pairs, inputs),
         replace(rollout_sampling(toy.cfg), mode=mode, policy='always'),
@@ -686,7 +743,9 @@ def answer_gradient(toy, mode, inputs, k):
 
 @pytest.mark.parametrize('k', [None, 1])
 def test_bridge_gradient(toy, k):
-    """With the bridge the answer reaches the generation expert in every layer; with decode-reencode exactly nothing does (§3.3)."""
+    """With the bridge the answer reaches the generation expert in every layer; with decode-reencode
+    exactly nothing does (§3.3).
+    """
     bridge, coded = (answer_gradient(toy, mode, 'vit', k) for mode in ('bridge', 'reencode'))
     for layer in range(len(toy.model.mot.layers)):
         mine = {
@@ -703,12 +762,16 @@ def test_bridge_gradient(toy, k):
 
 
 def test_degraded_latent_has_a_gradient_of_its_own(toy):
-    """A latent in the prompt is read by the generation expert in either mode: that part is no credit for restoring."""
+    """A latent in the prompt is read by the generation expert in either mode: that part is no
+    credit for restoring.
+    """
     assert answer_gradient(toy, 'reencode', 'both', 1)['vae2llm.weight'] > 0
 
 
 def test_reference(rolled):
-    """KL to the reference is 0 before and positive after an update; the reference stays as it was and has no gradients."""
+    """KL to the reference is 0 before and positive after an update; the reference stays as it was
+    and has no gradients.
+    """
     o = replace(rolled.o, beta=0.04)
     ref = reference(rolled.model)
     frozen = {k: v.clone() for k, v in ref.state_dict().items()}
@@ -725,7 +788,7 @@ def test_reference(rolled):
 
 
 def test_kl_pulls_back(rolled):
-    """With all advantages at zero, the KL term alone moves a disturbed model towards the reference."""
+    """With all advantages at zero, the KL term alone pulls a disturbed model to the reference."""
     o, ref = replace(rolled.o, beta=1.0), reference(rolled.model)
     samples = rolled.samples(torch.zeros(4, 4))
     with torch.no_grad():
@@ -744,7 +807,9 @@ def test_kl_pulls_back(rolled):
 
 
 def test_clip_holds(rolled):
-    """Many updates on one batch: ratios leave the range, the clip is seen, and a fully clipped batch has no gradient."""
+    """Many updates on one batch: ratios leave the range, the clip is seen, and a fully clipped
+    batch has no gradient.
+    """
     samples = rolled.samples(lambda_flow=0.0)
     o = replace(rolled.o, lambda_flow=0.0)
     opt = optimizer(rolled.model, 3e-3)
@@ -762,7 +827,9 @@ def test_clip_holds(rolled):
 
 
 def test_not_a_number_stops(rolled):
-    """A value that is not finite ends the run with the name of its trajectory (steps: see test_hazards.py)."""
+    """A value that is not finite ends the run with the name of its trajectory (steps: see
+    test_hazards.py).
+    """
     samples = rolled.samples()
     samples[2].advantage = float('nan')
     with pytest.raises(
@@ -799,11 +866,13 @@ def test_bad_values(rolled):
         flow_logp(rolled.model, h, done, chosen)
 
 
-# ---------------------------------------------------------------- does the reward rise as predicted?
+# ---------------------------------------------------------------- does the reward rise?
 
 
 def test_predicted_rise_of_text(toy):
-    """One token, two habits, one pays: after a small step the exact expected reward rises by what the gradient says (20 %)."""
+    """One token, two habits, one pays: after a small step the exact expected reward rises by what
+    the gradient says (20 %).
+    """
     tok, ask = toy.model.tokenizer, prompts(toy.model.tokenizer, toy.pool, toy.pairs)
     red, three = (encode_text(tok, w)[:1] for w in ('red', '3'))
     lesson, opt = (
@@ -843,7 +912,9 @@ def test_predicted_rise_of_text(toy):
 
 
 def test_predicted_rise_of_denoising(toy):
-    """The same for L_Flow: the reward is the mean of the restored latent, the step moves the velocity's bias (20 %)."""
+    """The same for L_Flow: the reward is the mean of the restored latent, the step moves the
+    velocity's bias (20 %).
+    """
     cfg, o = (
         replace(toy.cfg, group=64, sigma=1.0, denoise_steps=4),
         ObjectiveVariant(lambda_flow=1.0, reduction='sum', scale='none'),
@@ -894,7 +965,10 @@ def test_reward_goes_up(toy):
     history = train_grpo(
         toy.model, toy.pool, preset(steps=20, prompts=8), acc=accelerator('no'), judge=likes_red
     )
-    mean = lambda key, rows: float(np.mean([h[key] for h in rows]))
+
+    def mean(key, rows):
+        return float(np.mean([h[key] for h in rows]))
+
     print(
         'reward {:.2f} -> {:.2f}, accuracy {:.2f} -> {:.2f}'.format(
             *(mean(k, r) for k in ('reward', 'acc') for r in (history[:3], history[-3:]))
@@ -928,7 +1002,9 @@ ABLATIONS = dict(
 
 @pytest.mark.parametrize('name', ABLATIONS)
 def test_ablations_train(toy, name):
-    """Every ablation is the same function with other values: ratios of 1, the decoder moves, and the velocity head only where a flow loss reaches it."""
+    """Every ablation is the same function with other values: ratios of 1, the decoder moves, and
+    the velocity head only where a flow loss reaches it.
+    """
     o = ABLATIONS[name]
     before = {k: v.clone() for k, v in toy.model.state_dict().items()}
     history = train_grpo(
@@ -951,7 +1027,9 @@ def test_ablations_train(toy, name):
 
 
 def test_flow_loss_alone_moves_the_latent(toy):
-    """The reward looks at the restored latent only and no text term is used: L_Flow makes the latents earn more."""
+    """The reward looks at the restored latent only and no text term is used: L_Flow makes the
+    latents earn more.
+    """
     cfg, o, values = (
         replace(toy.cfg, group=8, sigma=1.0, denoise_steps=4),
         ObjectiveVariant(lambda_flow=1.0, reduction='sum', epsilon=0.2),

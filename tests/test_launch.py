@@ -1,4 +1,6 @@
-"""Stages from the command line, configurations of accelerate, and the options of the preset's section `train`."""
+"""Stages from the command line, configurations of accelerate, and the options of the preset's
+section `train`.
+"""
 
 import copy
 import json
@@ -17,7 +19,7 @@ from clear_nb import train as loop
 from clear_nb.core import PATHS, find_stage, load_preset
 from clear_nb.model import ClearModel, export_bagel
 from clear_nb.mot import MotDecoder
-from clear_nb.ranks import ALONE, Ranks
+from clear_nb.ranks import Ranks
 from clear_nb.train import (
     accelerator,
     add_lora,
@@ -70,7 +72,9 @@ def test_fsdp_1_is_refused(monkeypatch):
 
 
 def test_commands(monkeypatch, tmp_path, capsys):
-    """The three stages in a row, each from the checkpoint of the one before, with its history; nothing else is left."""
+    """The three stages in a row, each from the checkpoint of the one before, with its history;
+    nothing else is left.
+    """
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     monkeypatch.setattr(base, 'ROOT', tmp_path)  # for what is printed
     for stage, module in dict(sft=sft, bridge=bridge, grpo=grpo).items():
@@ -93,13 +97,18 @@ def test_commands(monkeypatch, tmp_path, capsys):
 
 
 def test_replayed_pictures(made, monkeypatch, tmp_path):
-    """Stages 1 and 2 repeat what their base has seen: the pictures of its seed, where the run has trained one, else those of the shipped base."""
+    """Stages 1 and 2 repeat what their base has seen: the pictures of its seed, where the run has
+    trained one, else those of the shipped base.
+    """
     monkeypatch.setattr(PATHS, 'runs', tmp_path)
     p = smoke(2, **{'sft.replay': 0.5})
     assert base.base_seed(p, 3) == 0
     (tmp_path / 'smoke' / 'seed3' / 'base').mkdir(parents=True)
     assert base.base_seed(p, 3) == 3
-    prompts = lambda items: [q.prompt for i in items for q in i.questions]
+
+    def prompts(items):
+        return [q.prompt for i in items for q in i.questions]
+
     few = replace(p, data=replace(p.data, scenes=max(1, round(sft.REPLAYED * p.data.scenes))))
     assert (
         prompts(sft.replay_pool(made[0], p, 3).items)
@@ -144,7 +153,9 @@ def test_checkpointing(made, stage):
 
 @pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
 def test_pieces(made, stage):
-    """The preset's numbers of trajectories per pass and of questions per batch change neither weights nor what is logged."""
+    """The preset's numbers of trajectories per pass and of questions per batch change neither
+    weights nor what is logged.
+    """
     passes, sampled, plain, rolls = [], [], MotDecoder.forward, grpo.generate
     found = []
     for changes in ({}, {'train.micro': 1, 'train.chunk': 1}):
@@ -173,7 +184,9 @@ def test_pieces(made, stage):
 
 @pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
 def test_lora(made, stage):
-    """Only the decoder's projections move, in both experts, by a matrix of the rank; the model has its own names again."""
+    """Only the decoder's projections move, in both experts, by a matrix of the rank; the model has
+    its own names again.
+    """
     before, after = (
         made[0].state_dict(),
         weights(stage, made, **{'train.lora': 2, f'{stage}.lr': 1e-2}),
@@ -190,7 +203,9 @@ def test_lora(made, stage):
 
 @pytest.mark.parametrize('stage', ['sft', 'bridge', 'grpo'])
 def test_published_weights_train_in_fp32(made, stage, tmp_path):
-    """A folder opens in bf16, where an update of the paper's size rounds away; it trains as if it had been widened first."""
+    """A folder opens in bf16, where an update of the paper's size rounds away; it trains as if it
+    had been widened first.
+    """
     export_bagel(made[0], tmp_path)
     p, models = (
         smoke(2, **{f'{stage}.lr': 2e-5}),
@@ -212,7 +227,10 @@ def test_lora_on_published_weights(made, stage, tmp_path):
     """Adapters and their average are fp32 beside bf16 weights, and are merged into these."""
     export_bagel(made[0], tmp_path)
     model, seen = ClearModel.from_pretrained(tmp_path), set()
-    watch = lambda m: seen.update(p.dtype for p in trainable(m).values()) or merge_lora(m)
+
+    def watch(m):
+        return seen.update(p.dtype for p in trainable(m).values()) or merge_lora(m)
+
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with patch.object(loop, 'merge_lora', watch):
         train(

@@ -31,7 +31,9 @@ from clear_nb.train import (
 
 
 def test_kill():
-    """Three kills with SIGKILL, in an update, in rollouts and while a state is written, end at the weights of an undisturbed run."""
+    """Three kills with SIGKILL, in an update, in rollouts and while a state is written, end at the
+    weights of an undisturbed run.
+    """
     done = python(ROOT / 'tests' / 'kill_resume.py', 3, '--seed', 20)
     rows = [r.split() for r in done.stdout.splitlines()[1:]]
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
@@ -89,7 +91,9 @@ def flip(path):
     ],
 )
 def test_damaged_state(tmp_path, spoil):
-    """The newest state cannot be used: it is named, and the one before it leads to the same weights and history."""
+    """The newest state cannot be used: it is named, and the one before it leads to the same weights
+    and history.
+    """
     want = train(tmp_path / 'a.pt')
     train(tmp_path / 'b.pt', stop=5)
     newest, before = saved_states(tmp_path / 'b.pt')
@@ -127,9 +131,21 @@ def test_state_of_another_run(tmp_path):
         train(tmp_path / 's.pt', warmup=2)
 
 
+def test_state_of_older_code(tmp_path):
+    """A state without an identity, as older code wrote it, is refused in one sentence."""
+    net, _ = toy()
+    opt = torch.optim.AdamW(net.parameters())
+    old = dict(history=[], plan=dict(steps=8), ema=0)
+    save_state(tmp_path / 's.pt', 3, loop.state_tensors(net, opt, None), old)
+    with pytest.raises(ValueError, match=r'another run \(its identity is unknown\); delete them'):
+        train(tmp_path / 's.pt')
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_state_of_other_data(tmp_path, stage):
-    """As many questions, but others, or another judge: the run does not go on; with what it began with it does."""
+    """As many questions, but others, or another judge: the run does not go on; with what it began
+    with it does.
+    """
     p, step, seen, how = (
         smoke(3),
         loop.training_step,
@@ -263,7 +279,9 @@ def staged(folder, plan='a', asked=None):
 
 @pytest.mark.parametrize('where', ['model', 'history', 'states'])
 def test_once(tmp_path, monkeypatch, where):
-    """Killed while the model is written, while the history is, or before the states go: no step is computed twice, and the history is whole."""
+    """Killed while the model is written, while the history is, or before the states go: no step is
+    computed twice, and the history is whole.
+    """
     want, asked, again, write = staged(tmp_path / 'other'), [], [], loop.atomic_path
 
     def dies(first, *a):
@@ -293,7 +311,9 @@ def test_once(tmp_path, monkeypatch, where):
 
 @pytest.mark.parametrize('moment', ['history', 'states'])
 def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
-    """Killed when a part is trained and not yet written down, stage 0 goes on without computing it again."""
+    """Killed when a part is trained and not yet written down, stage 0 goes on without computing it
+    again.
+    """
     p, write, steps, last = (
         load_preset('smoke'),
         loop.atomic_path,
@@ -335,7 +355,9 @@ def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
 
 @pytest.mark.parametrize('other', [dict(seed=1), dict(preset=dict(batch=3)), dict(weights=1)])
 def test_a_state_belongs_to_its_run(tmp_path, other):
-    """A stage that was killed does not go on with another seed, other numbers or from other weights."""
+    """A stage that was killed does not go on with another seed, other numbers or from other
+    weights.
+    """
     from clear_nb.sft import train_sft
 
     p, state = load_preset('smoke'), tmp_path / 'sft_state.pt'
@@ -347,9 +369,11 @@ def test_a_state_belongs_to_its_run(tmp_path, other):
     def killed(m, _):
         raise InterruptedError
 
-    go = lambda model, preset, seed, done=None: train_sft(
-        copy.deepcopy(model), TrainingSet(toys, examples), preset, seed, state=state, done=done
-    )
+    def go(model, preset, seed, done=None):
+        return train_sft(
+            copy.deepcopy(model), TrainingSet(toys, examples), preset, seed, state=state, done=done
+        )
+
     with pytest.raises(InterruptedError):
         go(made[0], p, 0, killed)
     changed = replace(p, sft=replace(p.sft, **other.get('preset', {})))

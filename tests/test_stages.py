@@ -12,7 +12,6 @@ from clear_nb.data import (
     all_pairs,
     assign_pathways,
     corrupt,
-    labelled_items,
     make_picture_set,
     restore_pictures,
     scene_items,

@@ -123,7 +123,9 @@ def test_no_tracker(listener, tmp_path):
 
 
 def test_refused_names(monkeypatch):
-    """A name that is unknown or not installed is refused with what to do; the default is tensorboard where there is one."""
+    """A name that is unknown or not installed is refused with what to do; the default is
+    tensorboard where there is one.
+    """
     monkeypatch.setattr(train, 'get_available_trackers', lambda: [])
     assert tracker_name() is None and tracker_name('none') is None
     with pytest.raises(
