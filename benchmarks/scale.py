@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/scale.py --out results/paper
 
-Each shape runs in processes of its own, with one CPU thread in fp32. Memory is the highest resident
-set of the process over three updates, less what it held before the model was built. The allocator
-gives freed tensors back at once: its own reserve of freed memory, up to a third more here, is no part
-of the estimate. Seconds are processor seconds of a second process with the usual allocator; from them
-follows the share of matrix speed that training reaches.
+Each shape runs in processes of its own, with one CPU thread in fp32. Memory is the highest
+resident set of the process over three updates, less what the process held before the model was
+built. The allocator gives freed tensors back at once: its own reserve of freed memory, up to a
+third more here, is no part of the estimate. Seconds are processor seconds of a second process
+with the usual allocator; from them follows the share of matrix speed that training reaches.
 """
 
 import argparse

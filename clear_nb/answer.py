@@ -284,8 +284,8 @@ def _run_answer(args: argparse.Namespace):
 ANSWER_OPTIONS = {
     '--model': dict(
         type=Path,
-        help='checkpoint folder, ours or as published by BAGEL or CLEAR, also with clear: before it '
-        '(default: the newest stage of preset tiny)',
+        help='checkpoint folder, ours or as published by BAGEL or CLEAR, '
+        'also with clear: before it (default: the newest stage of preset tiny)',
     ),
     '--image': dict(type=Path, required=True, help='picture to ask about'),
     '--question': dict(required=True, help='what to ask'),

@@ -6,7 +6,7 @@
 __all__ = ['image_spans', 'token_texts', 'answer_tokens', 'softmax_weights', 'normed_input', 'layer_attention', 'TextAttention',
            'attention_of_last_text', 'attention_shares']
 
-# %% ../nbs/study/attention.ipynb #eb4bdfe4
+# %% ../nbs/study/attention.ipynb #23e10380
 import re
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from clear_nb.trajectory import (
     tokens_of,
 )
 
-# %% ../nbs/study/attention.ipynb #1c63f914
+# %% ../nbs/study/attention.ipynb #4440b453
 def _cell_grid(
     segment: LatentSegment | VitSegment,
     shape: TokenLayout,  # patch sizes of the model
@@ -43,7 +43,7 @@ def _cell_grid(
     cells = tokens_of(segment, shape) - 2  # without the start and the end token
     return rows, cells // rows
 
-# %% ../nbs/study/attention.ipynb #90b371df
+# %% ../nbs/study/attention.ipynb #1d9156dd
 def image_spans(
     segments: list,  # of one context, in order
     shape: TokenLayout,
@@ -60,7 +60,7 @@ def image_spans(
         place += tokens_of(segment, shape)
     return spans
 
-# %% ../nbs/study/attention.ipynb #9ed6778d
+# %% ../nbs/study/attention.ipynb #e5ba732a
 def token_texts(
     tokenizer,
     ids: list,  # (n,) token ids of one text
@@ -70,7 +70,7 @@ def token_texts(
     ends = [len(tokenizer.decode(ids[:k])) for k in range(len(ids) + 1)]
     return [text[start:end] for start, end in zip(ends, ends[1:])]
 
-# %% ../nbs/study/attention.ipynb #b255da06
+# %% ../nbs/study/attention.ipynb #63d7ad53
 def answer_tokens(
     tokens: list,  # strings of `token_texts`
 ) -> list:  # indexes into `tokens`
@@ -83,7 +83,7 @@ def answer_tokens(
     overlaps = [bounds[k] < stop and bounds[k + 1] > start for k in range(len(tokens))]
     return [k for k, token in enumerate(tokens) if overlaps[k] and token.strip()]
 
-# %% ../nbs/study/attention.ipynb #7b111acd
+# %% ../nbs/study/attention.ipynb #48d6acdf
 def softmax_weights(
     q: Tensor,  # (n, H, d) queries
     k: Tensor,  # (L, K, d) keys; K divides H
@@ -95,7 +95,7 @@ def softmax_weights(
     scores = torch.einsum('nhd,lhd->hnl', q.float(), k.float()) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
-# %% ../nbs/study/attention.ipynb #2943d194
+# %% ../nbs/study/attention.ipynb #011c048a
 def normed_input(
     layer: Layer,
     x: Tensor,  # (N, D) input of the layer, sorted by expert
@@ -124,7 +124,7 @@ def layer_attention(
         weights.append(softmax_weights(q[places], k, mask).cpu())
     return torch.stack(weights)
 
-# %% ../nbs/study/attention.ipynb #c90b8a00
+# %% ../nbs/study/attention.ipynb #9db2557e
 @dataclass
 class TextAttention:
     "Attention of the n tokens of one text on the L tokens of its context."
@@ -136,7 +136,7 @@ class TextAttention:
 
     @property
     def target(self) -> str:
-        "Name the picture to look at: the last restored latent, else restored patches, else the input."
+        "Name the picture to look at: the last restored one, or the input where there is none."
         kinds = ('input latent', 'restored patches', 'restored latent')
         return [name for kind in kinds for name in self.spans if name.startswith(kind)][-1]
 
@@ -144,7 +144,7 @@ class TextAttention:
         "Return the token indexes to look at: the given ones, else the answer, else the whole text."
         return list(indexes or self.answer or range(len(self.tokens)))
 
-# %% ../nbs/study/attention.ipynb #e09dc9f7
+# %% ../nbs/study/attention.ipynb #ca3bc56c
 @patch
 def on_picture(
     self: TextAttention,
@@ -156,7 +156,7 @@ def on_picture(
     weights = self.weights[:, :, self.chosen(indexes), place : place + rows * columns]
     return weights.mean((1, 2)).view(-1, rows, columns)
 
-# %% ../nbs/study/attention.ipynb #9818ccac
+# %% ../nbs/study/attention.ipynb #df02fb26
 @torch.no_grad()
 def attention_of_last_text(
     model: ClearModel,
@@ -176,7 +176,7 @@ def attention_of_last_text(
     weights = layer_attention(model, packed, places)
     return TextAttention(weights, tokens, answer_tokens(tokens), image_spans(segments, model.shape))
 
-# %% ../nbs/study/attention.ipynb #eba92ad0
+# %% ../nbs/study/attention.ipynb #580c2d26
 def attention_shares(
     attention: TextAttention,
     indexes=None,  # of tokens, as in `on_picture`

@@ -376,7 +376,7 @@ def _draw_map(
     if attention_map.numel() <= 64:
         _write_numbers(ax, grey.shape, attention_map)
 
-# %% ../nbs/study/explore.ipynb #5961a2e9
+# %% ../nbs/study/explore.ipynb #76a34b96
 def _draw_maps(
     fig,
     grey: np.ndarray,  # (h, w) uint8
@@ -398,6 +398,12 @@ def _draw_maps(
     bar.ax.tick_params(labelsize=8)
 
 # %% ../nbs/study/explore.ipynb #91850938
+def _shortened(attention: TextAttention, indexes) -> str:
+    "Join the chosen tokens to a text of at most 40 characters."
+    words = ''.join(attention.tokens[k] for k in attention.chosen(indexes)).strip()
+    return words if len(words) < 40 else words[:40] + '…'
+
+
 def figure_attention(
     e: Exploration,
     indexes=None,  # of tokens of the last text; None: the answer, or all where there is none
@@ -417,7 +423,6 @@ def figure_attention(
     top, bottom = fig.subfigures(2, 1, height_ratios=heights)
     _draw_maps(top, grey, maps, columns)
     _draw_shares(bottom.subplots(), attention_shares(attention, indexes))
-    words = ''.join(attention.tokens[k] for k in attention.chosen(indexes)).strip()
-    words = words if len(words) < 40 else words[:40] + '…'
+    words = _shortened(attention, indexes)
     fig.suptitle(f'attention of “{words}” on the {attention.target}', fontsize=10)
     return fig

@@ -7,7 +7,7 @@ __all__ = ['SCREEN_SIDE', 'HTML_TEMPLATES', 'PAGES', 'STYLE', 'LABEL_WIDTH', 'LI
            'FAULT_TEXT', 'picture_png', 'data_url', 'mark_tags', 'render_page', 'trajectory_html', 'make_controls',
            'make_screen', 'token_choices', 'Panel', 'make_panel']
 
-# %% ../nbs/study/panel.ipynb #0d433e42
+# %% ../nbs/study/panel.ipynb #6b90eb6d
 import html
 import io
 import re
@@ -41,7 +41,7 @@ from clear_nb.explore import (
 from .generate import POLICIES
 from .model import ClearModel
 
-# %% ../nbs/study/panel.ipynb #bde4c37d
+# %% ../nbs/study/panel.ipynb #4eb42f17
 SCREEN_SIDE = 200  # pixels of a picture on the screen
 
 
@@ -60,13 +60,13 @@ def data_url(picture: np.ndarray, side: int) -> str:
     "Write a picture as a URL that holds its PNG file."
     return f'data:image/png;base64,{b64encode(picture_png(picture, side)).decode()}'
 
-# %% ../nbs/study/panel.ipynb #b86126e9
+# %% ../nbs/study/panel.ipynb #56f6c34b
 def mark_tags(text: str) -> str:  # HTML
     "Escape a text for HTML and wrap its tags in `<span class='ce-tag'>`."
     escaped = html.escape(text.strip())
     return re.sub(r'&lt;/?\w+&gt;', r'<span class="ce-tag">\g<0></span>', escaped)
 
-# %% ../nbs/study/panel.ipynb #11767989
+# %% ../nbs/study/panel.ipynb #eca2d002
 HTML_TEMPLATES = {
     'figure': """
 {% macro figure(picture, label, side) %}
@@ -95,7 +95,7 @@ def render_page(template: str, **values) -> str:
     "Fill a template."
     return PAGES.get_template(template).render(side=SCREEN_SIDE, **values).strip()
 
-# %% ../nbs/study/panel.ipynb #85c369da
+# %% ../nbs/study/panel.ipynb #e8e01c03
 HTML_TEMPLATES['trajectory'] = """
 {% from 'figure' import figure %}
 <div class="ce">
@@ -129,7 +129,7 @@ def trajectory_html(e: Exploration) -> str:
     labels = [f'restored, {psnr_label(picture, e.clean)}' for picture in restored]
     return render_page('trajectory', e=e, pictures=list(zip(restored, labels)))
 
-# %% ../nbs/study/panel.ipynb #c390a33c
+# %% ../nbs/study/panel.ipynb #c935362c
 STYLE = """<style>
 .ce figure { display: inline-block; margin: 0 10px 6px 0; vertical-align: top }
 .ce img { image-rendering: pixelated; display: block; border-radius: 3px }
@@ -151,7 +151,7 @@ STYLE = """<style>
 .ce-wrong, .ce-error { color: #c04a00; line-height: 1.4; white-space: normal }
 </style>"""
 
-# %% ../nbs/study/panel.ipynb #98f42720
+# %% ../nbs/study/panel.ipynb #2f1e5ff6
 LABEL_WIDTH, LINE_WIDTH = '82px', '98%'
 
 
@@ -170,7 +170,7 @@ def _labelled(kind: type, label: str, **more) -> widgets.Widget:
     style, layout = dict(description_width=LABEL_WIDTH), widgets.Layout(width=LINE_WIDTH)
     return kind(description=label, style=style, layout=layout, **more)
 
-# %% ../nbs/study/panel.ipynb #8770e0e9
+# %% ../nbs/study/panel.ipynb #46fcec7c
 LARGEST_NUMBER = 999_999  # of a scene or of a noise
 
 
@@ -187,7 +187,7 @@ def _question_controls() -> dict:
         question=_labelled(widgets.Text, 'question', placeholder=hint),
     )
 
-# %% ../nbs/study/panel.ipynb #21150b33
+# %% ../nbs/study/panel.ipynb #ba4a5485
 def _restoration_controls(steps: int) -> dict:
     "Make the widgets of the corruption and the restoration."
     corruptions = [('none', None), *((name.replace('_', ' '), name) for name in CORRUPTIONS)]
@@ -215,7 +215,7 @@ def make_controls(
     button = widgets.Button(description='Ask', icon='play', button_style='primary', layout=place)
     return SimpleNamespace(**_question_controls(), **_restoration_controls(steps), ask=button)
 
-# %% ../nbs/study/panel.ipynb #4a64a546
+# %% ../nbs/study/panel.ipynb #85b74970
 def make_screen() -> SimpleNamespace:  # of widgets
     "Make the widgets that show results."
     beside = dict(format='png', width=SCREEN_SIDE, layout=widgets.Layout(margin='0 10px 0 0'))
@@ -233,7 +233,7 @@ def make_screen() -> SimpleNamespace:  # of widgets
         attention=widgets.Image(format='png'),
     )
 
-# %% ../nbs/study/panel.ipynb #531dee9c
+# %% ../nbs/study/panel.ipynb #39b0b0bf
 def token_choices(attention: TextAttention) -> list:  # (label, indexes) for a Dropdown
     "List sets of tokens to look at: the answer, the whole text, each token."
     choices = []
@@ -245,7 +245,7 @@ def token_choices(attention: TextAttention) -> list:  # (label, indexes) for a D
         choices.append((f'token {k + 1}: {token.strip() or "space"}', (k,)))
     return choices
 
-# %% ../nbs/study/panel.ipynb #5062876f
+# %% ../nbs/study/panel.ipynb #512cf334
 class Panel:
     "Controls and screen of one model."
 
@@ -258,7 +258,7 @@ class Panel:
         self.screen = make_screen()
         self.steps_box, self.attention_box = widgets.VBox(), widgets.VBox()  # hidden when empty
 
-# %% ../nbs/study/panel.ipynb #6bd03fce
+# %% ../nbs/study/panel.ipynb #255b0d4c
 BUSY_TEXT = 'asking the model …'
 FAULT_TEXT = 'stopped by a fault of the program; View > Show Log Console has the traceback'
 
@@ -294,7 +294,7 @@ def reporting(
     finally:
         self.show_status(text, kind)
 
-# %% ../nbs/study/panel.ipynb #d1b497bb
+# %% ../nbs/study/panel.ipynb #57c5c4d0
 @patch
 def chosen_picture(self: Panel) -> tuple:  # Item of a scene or None, picture
     "Return the picture that the controls name. Raises ValueError for a missing or unusable upload."
@@ -314,7 +314,7 @@ def scene_questions(self: Panel) -> dict:  # prompt -> Question
     "Return the questions of the chosen scene; none for other pictures."
     return {q.prompt: q for q in self.item.questions} if self.item else {}
 
-# %% ../nbs/study/panel.ipynb #a2cb27d0
+# %% ../nbs/study/panel.ipynb #e98068df
 @patch
 def take_question(self: Panel, change):
     "Put the question that was picked in the menu into the text field."
@@ -335,7 +335,7 @@ def offer_questions(
     asks.options, asks.index = tuple(self.scene_questions()), 0
     field.value = typed or asks.value
 
-# %% ../nbs/study/panel.ipynb #4eaf7317
+# %% ../nbs/study/panel.ipynb #b1d6fc11
 @patch
 def preview(self: Panel, change=None):
     "Show the chosen picture before and after the corruption."
@@ -351,7 +351,7 @@ def preview(self: Panel, change=None):
         likeness = psnr_label(seen, clean)
         self.screen.input.value = render_page('preview', clean=clean, seen=seen, likeness=likeness)
 
-# %% ../nbs/study/panel.ipynb #a2d4926a
+# %% ../nbs/study/panel.ipynb #3eab1899
 HTML_TEMPLATES['when'] = """
 <div class="ce-about">
 step {{ point }} of {{ last }}{{ which }}, t = {{ '%.2f' % time }}.
@@ -381,7 +381,7 @@ def show_step(self: Panel, change=None):
         estimate=psnr_label(estimate, clean),
     )
 
-# %% ../nbs/study/panel.ipynb #117fe3a7
+# %% ../nbs/study/panel.ipynb #3c5b07c1
 @patch
 def show_attention(self: Panel, change=None):
     "Draw the attention of the chosen tokens."
@@ -393,7 +393,7 @@ def show_attention(self: Panel, change=None):
     self.screen.attention.value = file.getvalue()
     self.attention_box.layout.display = None
 
-# %% ../nbs/study/panel.ipynb #8242847f
+# %% ../nbs/study/panel.ipynb #53b3c72d
 @patch
 def show_exploration(self: Panel, e: Exploration):
     "Put an exploration on the screen."
@@ -408,7 +408,7 @@ def show_exploration(self: Panel, e: Exploration):
     if e.attention:
         screen.tokens.options, screen.tokens.index = token_choices(e.attention), 0
 
-# %% ../nbs/study/panel.ipynb #9bbde98d
+# %% ../nbs/study/panel.ipynb #c3853017
 @patch
 def ask(self: Panel, button=None):
     "Explore with the values of the controls and show the result."
@@ -423,7 +423,7 @@ def ask(self: Panel, button=None):
         self.show_exploration(e)
         notes.append(f'{sum(e.seconds.values()):.1f} s')
 
-# %% ../nbs/study/panel.ipynb #44b55266
+# %% ../nbs/study/panel.ipynb #4078a2c5
 @patch
 def arrange(self: Panel) -> widgets.Widget:
     "Lay out the controls on the left and the screen on the right."
@@ -458,7 +458,7 @@ def connect(self: Panel):
     c.ask.on_click(self.ask)
     widgets.jslink((screen.play, 'value'), (screen.step, 'value'))
 
-# %% ../nbs/study/panel.ipynb #c00da82c
+# %% ../nbs/study/panel.ipynb #68f790b7
 def make_panel(
     model=None,  # folder, open model, or None: the newest stage of preset tiny
 ) -> widgets.Widget:

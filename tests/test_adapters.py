@@ -1,4 +1,4 @@
-"""Four ways to ask, one kind of reply; nothing lost, nothing counted twice, no key shown."""
+"""Four adapters give one kind of reply; no row is lost or asked twice, and no key is shown."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ KEY = 'sk-secret-0123456789'
 
 
 def rows(n=4):
-    "Questions and pictures of different size."
+    "Make rows with questions and pictures of different size."
     sizes = [(40, 30), (30, 64), (64, 64), (33, 47)]
     return [
         BenchmarkRow(
@@ -266,9 +266,10 @@ def test_hf_refusals(tmp_path):
                     AutoModelForImageTextToText='evil.M',
                 ),
             )
-        )
+        ),
+        encoding='utf-8',
     )
-    (tmp_path / 'code' / 'evil.py').write_text('raise SystemExit("ran")')
+    (tmp_path / 'code' / 'evil.py').write_text('raise SystemExit("ran")', encoding='utf-8')
     for place in (tmp_path / 'empty', tmp_path / 'code', './nowhere', 'org/never-cached'):
         with pytest.raises(ValueError, match='as an image-text-to-text model') as e:
             HFAdapter(place)
@@ -323,26 +324,18 @@ def test_server_gets_the_row():
     "The request holds the bytes of the file, prompt and model; the reply is stripped."
     with FakeServer(default=' B \n') as server:
         jpeg = replace(rows(1)[0], image=picture(0, kind='JPEG'))
-        replies = asks(server, instruction='Letter.')([jpeg])[0]
+        reply = asks(server, instruction='Letter.')([jpeg])[0]
         [r] = server.requests
-    assert (
-        replies.text == 'B'
-        and json.loads(replies.detail) == dict(finish='stop', model='m')
-        and replies.seconds > 0
-    )
-    assert (
-        r.headers['authorization'] == f'Bearer {KEY}'
-        and r.body['model'] == 'm'
-        and r.body['temperature'] == 0
-        and r.text == prompt_of(jpeg, 'Letter.')
-    )
-    assert r.images == [jpeg.image] and r.parts[0]['image_url']['url'].startswith(
-        'data:image/jpeg;base64,'
-    )
+    assert reply.text == 'B' and reply.seconds > 0
+    assert json.loads(reply.detail) == dict(finish='stop', model='m')
+    assert r.headers['authorization'] == f'Bearer {KEY}'
+    assert r.body['model'] == 'm' and r.body['temperature'] == 0
+    assert r.text == prompt_of(jpeg, 'Letter.') and r.images == [jpeg.image]
+    assert r.parts[0]['image_url']['url'].startswith('data:image/jpeg;base64,')
 
 
 def saved(kind, mode='RGB', **kw):
-    "A picture in a file of this kind."
+    "Write a picture as a file of this kind."
     Image.open(io.BytesIO(picture(0))).convert(mode).save(f := io.BytesIO(), kind, **kw)
     return f.getvalue()
 
@@ -366,7 +359,7 @@ def saved(kind, mode='RGB', **kw):
     ],
 )
 def test_server_sees_what_the_others_see(kind, mode, turned, own):
-    "A plain file goes out as it is, anything else as an upright PNG of the same pixels."
+    "A plain file is sent as it is, any other file as an upright PNG of the same pixels."
     exif = Image.Exif()
     exif[274] = turned
     more = (
@@ -467,15 +460,15 @@ def test_concurrency_and_rate():
 def test_key_never_leaks(caplog, capsys, monkeypatch):
     "The key stands in no detail, setting, log or message, even when an error repeats it."
     caplog.set_level(logging.DEBUG)
-    replies = []
+    outputs = []
     with FakeServer(['B', Status(500, KEY), Status(400, KEY)], default=Status(401, KEY)) as server:
         adapter = asks(server, workers=1, tries=1)
-        replies += adapter(rows(3))
+        outputs += adapter(rows(3))
         try:
             adapter(rows(1))
         except Refused as e:
-            replies += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
-    replies += [
+            outputs += [str(e), repr(e), traceback.format_exc(), repr(e.args)]
+    outputs += [
         repr(adapter),
         adapter.settings,
         vars(adapter),
@@ -483,10 +476,10 @@ def test_key_never_leaks(caplog, capsys, monkeypatch):
         caplog.text,
         *capsys.readouterr(),
     ]
-    assert replies[0].text == 'B' and all(
-        r.kind == 'outage' and '***' in r.detail for r in replies[1:3]
+    assert outputs[0].text == 'B' and all(
+        r.kind == 'outage' and '***' in r.detail for r in outputs[1:3]
     )
-    assert KEY not in ' '.join(map(str, replies)) and len(replies) > 8
+    assert KEY not in ' '.join(map(str, outputs)) and len(outputs) > 8
     monkeypatch.setenv('OTHER_KEY', 'sk-\nInjected: x')
     with pytest.raises(ValueError, match='OTHER_KEY does not hold a key') as e:
         ServerAdapter('m', 'http://h/v1', key_env='OTHER_KEY')
@@ -508,9 +501,12 @@ def test_no_key(monkeypatch):
 
 def test_python_function_by_name(tmp_path, monkeypatch):
     "A module in the current folder; exceptions and other types are outages."
-    (tmp_path / 'my_function_of_tests.py').write_text(
-        'def width(picture, prompt):\n    if "fail" in prompt: raise KeyError("gone")\n    return str(picture.width) if picture.width > 32 else None\n'
-    )
+    source = [
+        'def width(picture, prompt):',
+        '    if "fail" in prompt: raise KeyError("gone")',
+        '    return str(picture.width) if picture.width > 32 else None',
+    ]
+    (tmp_path / 'my_function_of_tests.py').write_text('\n'.join(source) + '\n', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     a, b, c, d = rows(4)
@@ -535,7 +531,7 @@ def test_python_function_by_name(tmp_path, monkeypatch):
 def test_wrong_signature(tmp_path, monkeypatch, code, why):
     "A function that does not take two arguments is refused before a row is asked."
     name = f'signature_{abs(hash(code))}'
-    (tmp_path / f'{name}.py').write_text(code + '\n')
+    (tmp_path / f'{name}.py').write_text(code + '\n', encoding='utf-8')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r'write a function \(PIL image, prompt\) -> text') as e:
         open_adapter(f'python:{name}:f')
@@ -545,12 +541,18 @@ def test_wrong_signature(tmp_path, monkeypatch, code, why):
 def test_version_of_a_function(tmp_path, monkeypatch):
     "The hash is that of the file, also behind a decorator or a partial; an edit changes it."
     source = tmp_path / 'versioned_of_tests.py'
-    source.write_text(
-        'from functools import lru_cache, partial\n@lru_cache\ndef f(picture, prompt): return "A"\nclass C:\n    def __call__(self, picture, prompt): return "A"\nc, p = C(), partial(f)\n'
-    )
+    lines = [
+        'from functools import lru_cache, partial',
+        '@lru_cache',
+        'def f(picture, prompt): return "A"',
+        'class C:',
+        '    def __call__(self, picture, prompt): return "A"',
+        'c, p = C(), partial(f)',
+    ]
+    source.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     monkeypatch.syspath_prepend(tmp_path)
     first = {open_adapter(f'python:versioned_of_tests:{n}').settings['source'] for n in 'fcp'}
-    source.write_text(source.read_text().replace('"A"', '"B"'))
+    source.write_text(source.read_text(encoding='utf-8').replace('"A"', '"B"'), encoding='utf-8')
     assert (
         len(first) == 1
         and first != {CallableAdapter(sys.modules['versioned_of_tests'].f).settings['source']}

@@ -1,4 +1,4 @@
-"""A person's door: three lines of Python and one command."""
+"""A question about one picture, in three lines of Python and as a command."""
 
 import tomllib
 from dataclasses import replace
@@ -58,7 +58,7 @@ def folder(restorer, tmp_path):
 
 
 def test_three_lines(folder, photo, capsys):
-    "Folder or open model, path or picture: the same trajectory, with the restoration between two texts."
+    "Folder or open model, path or picture give the same trajectory."
     a = answer(photo, QUESTION, folder, steps=3, max_new=4)
     assert 'denoising' in capsys.readouterr().err
     b = answer(Image.open(photo), f' {QUESTION} ', str(folder), steps=3, max_new=4, progress=False)
@@ -85,7 +85,7 @@ def test_seed_and_policy(restorer, photo):
 
 
 def test_is_generate(restorer, photo):
-    "Nothing is added to `generate`."
+    "`answer` gives the texts of `generate`."
     s = sampling_of(restorer, steps=3, max_new=4)
     r = generate(restorer, [build_prompt(restorer, photo, QUESTION)], s, Noise('answer', 5))[0]
     assert (
@@ -94,8 +94,8 @@ def test_is_generate(restorer, photo):
     )
 
 
-def test_cue(restorer):
-    "Behind a blank where a model has one; without one the question stays as it is, to the last line break."
+def test_think_prompt(restorer):
+    "The think prompt comes behind a blank; without one the question stays as it is."
     told, bare = (
         SimpleNamespace(cfg=replace(restorer.cfg, think_prompt=words))
         for words in ('think first', '')
@@ -149,7 +149,8 @@ def test_missing_checkpoint(monkeypatch, tmp_path, photo):
     (tmp_path / 'shipped' / 'tiny' / 'base').mkdir(parents=True)
     with pytest.raises(
         FileNotFoundError,
-        match="no checkpoint of grpo, bridge or sft for preset 'tiny', seed 0: run `make reproduce`",
+        match='no checkpoint of grpo, bridge or sft '
+        "for preset 'tiny', seed 0: run `make reproduce`",
     ):
         answer(photo, QUESTION)
     for stage in ('sft', 'bridge', 'grpo'):
@@ -189,11 +190,11 @@ def command(folder, photo, *more):
 def test_command(folder, photo, tmp_path, capsys):
     "Trajectory on standard output, bar on standard error, image in the file."
     assert main(command(folder, photo, '--out', str(tmp_path / 'r.png'), '--seed', '3')) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        '[restored image 1: 32 x 24 pixels]' in said.out
-        and f'written: {tmp_path / "r.png"}' in said.out
-        and 'denoising' in said.err
+        '[restored image 1: 32 x 24 pixels]' in printed.out
+        and f'written: {tmp_path / "r.png"}' in printed.out
+        and 'denoising' in printed.err
     )
     assert Image.open(tmp_path / 'r.png').size == (32, 24)
 
@@ -215,18 +216,18 @@ def test_command(folder, photo, tmp_path, capsys):
 def test_refusals(folder, photo, more, sentence, capsys):
     "One sentence on standard error, status 2, nothing on standard output."
     assert main(command(folder, photo, *more)) == 2
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        sentence in said.err
-        and said.err.count('\n') == 1
-        and said.err.startswith('clear-nb: ')
-        and said.out == ''
+        sentence in printed.err
+        and printed.err.count('\n') == 1
+        and printed.err.startswith('clear-nb: ')
+        and printed.out == ''
     )
 
 
 @pytest.mark.parametrize('suffix', sorted(Image.registered_extensions()))
 def test_kinds_that_can_only_be_read(suffix, tmp_path):
-    "A kind that is let through can be written; the others are refused before the model runs."
+    "A kind of image that passes the check can be written; other kinds are refused early."
     try:
         path = check_out(tmp_path / f'r{suffix}')
     except ValueError as e:
@@ -260,12 +261,12 @@ def test_no_gpu(folder, photo, capsys):
 
 
 def test_prefix(folder, photo, capsys):
-    "A folder is understood as `bench` writes it."
-    said = [
+    "A folder may have `clear:` before it, as `bench` writes it."
+    printed = [
         (main(command(name, photo, '--policy', 'never')), capsys.readouterr().out)
         for name in (folder, f'clear:{folder}')
     ]
-    assert said[0] == said[1] and said[0][0] == 0
+    assert printed[0] == printed[1] and printed[0][0] == 0
 
 
 def test_version(capsys):
@@ -287,18 +288,18 @@ def test_interrupted(folder, photo, capsys, monkeypatch):
 
 def test_entry_point(capsys):
     "pyproject.toml names a function that exists, and it explains itself."
-    module, _, name = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['scripts'][
-        'clear-nb'
-    ].partition(':')
+    module, _, name = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))[
+        'project'
+    ]['scripts']['clear-nb'].partition(':')
     entry = getattr(import_module(module), name)
     with pytest.raises(SystemExit) as e:
         entry(['answer', '--help'])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         e.value.code == 0
         and all(
-            f'--{o}' in said
+            f'--{o}' in printed
             for o in ('model', 'image', 'question', 'out', 'seed', 'steps', 'policy')
         )
-        and '2 an error that you can mend' in ' '.join(said.split())
+        and '2 an error that you can mend' in ' '.join(printed.split())
     )

@@ -1,4 +1,4 @@
-"""What is shown is what happened, the panel loses nothing, and in a browser its widgets render and react.
+"""An exploration shows what happened, and the panel works, without and with a browser.
 
 The browser test needs Chromium and `pip install -e '.[browser]'`; without them it is skipped."""
 
@@ -86,7 +86,7 @@ def shipped():
 
 @pytest.mark.parametrize('mode', ['bridge', 'reencode'])
 def test_same_as_answer(restorer, mode):
-    """Without a corruption nothing is added to `answer`: the same texts, the same restored pictures."""
+    """Without a corruption `explore` and `answer` give the same texts and restored pictures."""
     quick = dict(steps=3, max_new=4, mode=mode, seed=2)
     a, e = (
         answer(noise(), QUESTION, restorer, progress=False, **quick),
@@ -103,7 +103,7 @@ def test_same_as_answer(restorer, mode):
 
 
 def test_what_is_shown_is_what_the_model_read(restorer):
-    """The damaged picture on the screen is the ViT's input, pixel by pixel; seeds draw other damage."""
+    """The degraded picture is the ViT's input, pixel by pixel; each seed degrades differently."""
     e, f = (
         explore(
             restorer,
@@ -125,7 +125,7 @@ def test_what_is_shown_is_what_the_model_read(restorer):
 
 @pytest.mark.parametrize('name', CORRUPTIONS)
 def test_every_corruption(shipped, name):
-    """All 16 work on a drawn scene and on the photo, at every severity, and get stronger or at least not absent."""
+    """Each corruption changes a drawn scene and the photo at every severity."""
     for image in (drawn_scene(0).clean, PHOTO):
         picture = fit_picture(shipped, image)
         for severity in ('low', 'mid', 'hard'):
@@ -133,7 +133,7 @@ def test_every_corruption(shipped, name):
 
 
 def test_clean_estimate_is_the_velocity(restorer):
-    """The clean estimate from neighbouring states equals x - t v with the velocity of a packed pass."""
+    """Clean estimates from neighbouring states equal x - t v with the velocity of a packed pass."""
     r = explore(restorer, noise(), QUESTION, steps=4, max_new=4, shift=2.0).rollout
     d = r.restorations[0]
     z = torch.stack([state_at(d, k) for k in range(4)])
@@ -211,7 +211,10 @@ def naive(q, k, seen):
 
 @pytest.mark.parametrize('mode', ['bridge', 'reencode', 'both'])
 def test_attention_is_that_of_the_model(restorer, mode, monkeypatch):
-    """Against the formula on queries, keys and masks caught inside an ordinary forward pass; rows sum to 1 over what is visible."""
+    """The weights follow the formula on queries, keys and masks caught inside a forward pass.
+
+    Rows sum to 1 over what is visible.
+    """
     r = explore(restorer, noise(), QUESTION, steps=3, max_new=6, mode=mode).rollout
     look, caught, inner = attention_of_last_text(restorer, r), [], clear_nb.mot.attend
     monkeypatch.setattr(
@@ -250,7 +253,7 @@ def test_attention_is_that_of_the_model(restorer, mode, monkeypatch):
     ],
 )
 def test_spans_are_the_cells(restorer, mode, names, target):
-    """Each span covers exactly the cells of its picture in the packed row, in every way of returning it."""
+    """Each span covers exactly the cells of its picture in the packed row, in every mode."""
     e = explore(restorer, noise(), QUESTION, steps=3, max_new=6, mode=mode, max_restores=1)
     p = pack([rollout_segments(e.rollout)], restorer.shape)
     assert list(e.attention.spans) == names and e.attention.target == target
@@ -277,15 +280,15 @@ def test_second_restoration_has_its_own_span(restorer):
 
 
 def test_answer_tokens_of_the_shipped_tokenizer(shipped):
-    """Every answer of the drawn world is found between its tags, whatever tokens it is cut into."""
-    for said in ('red', 'A', 'taxi', 'two words', '7'):
+    """Every answer of the drawn world is found between its tags, however it is tokenized."""
+    for text in ('red', 'A', 'taxi', 'two words', '7'):
         cut = token_texts(
             shipped.tokenizer,
             shipped.tokenizer.encode(
-                f'<think> i see it</think><answer> {said}</answer>', add_special_tokens=False
+                f'<think> i see it</think><answer> {text}</answer>', add_special_tokens=False
             ),
         )
-        assert ''.join(cut[k] for k in answer_tokens(cut)).strip() == said
+        assert ''.join(cut[k] for k in answer_tokens(cut)).strip() == text
 
 
 # ---------------------------------------------------------------- the panel, without a browser
@@ -321,7 +324,7 @@ def status(lab):
 
 
 def test_controls_are_arguments(lab, monkeypatch):
-    """Every control reaches `explore`; the scene's own questions bring their answers, others do not."""
+    """Every control reaches `explore`; only questions of the scene bring their answers."""
     got = []
     monkeypatch.setattr(
         clear_nb.panel,
@@ -379,7 +382,7 @@ def test_bad_upload(lab, upload, sentence):
 
 
 def test_good_upload(lab):
-    """A file is a picture; of an animation the first frame, which is said; one's own question stays."""
+    """An upload is shown, of an animation the first frame with a note; a typed question stays."""
     frames = [Image.fromarray(noise()), Image.fromarray(noise()[::-1].copy())]
     out = io.BytesIO()
     frames[0].save(out, 'gif', save_all=True, append_images=frames[1:])
@@ -410,7 +413,10 @@ def test_empty_question_and_fault(lab, monkeypatch):
 
 
 def test_slider_and_menu(lab):
-    """The slider walks through every state of every restoration; the menu redraws the attention, also for the next exploration."""
+    """The slider walks through every state, and the menu redraws the attention.
+
+    The menu also redraws for the next exploration.
+    """
     lab.controls.policy.value, lab.controls.corruption.value = 'always', None
     lab.ask()
     frames = []
@@ -447,10 +453,11 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
 )
 FLAGS = (
-    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
-    '--disable-dev-shm-usage'
+    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+    '--disable-component-update --disable-sync --disable-dev-shm-usage'
 ).split()
-PATIENCE = 240  # seconds to wait for anything, on a machine that is busy with other things; alone, the whole test takes about 35
+# seconds to wait for anything on a busy machine; alone, the whole test takes about 35
+PATIENCE = 240
 
 
 @pytest.fixture
@@ -488,7 +495,7 @@ def answers(url):
 
 @pytest.fixture
 def notebook(tmp_path):
-    """Address of a copy of 09_explore in a JupyterLab of its own on this machine, which ends with the test."""
+    """Start a JupyterLab with a copy of 09_explore and yield its address; it ends with the test."""
     home, port, token = tmp_path / 'home', free_port(), secrets.token_hex(16)
     shutil.copytree(
         ROOT / 'nbs',
@@ -503,7 +510,7 @@ def notebook(tmp_path):
         / 'notification.jupyterlab-settings'
     )
     quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)))
+    quiet.write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)), encoding='utf-8')
     own = {f'JUPYTER_{k}_DIR': str(tmp_path / k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')} | {
         f'JUPYTERLAB_{k}_DIR': str(tmp_path / k.lower()) for k in ('SETTINGS', 'WORKSPACES')
     }
@@ -528,14 +535,14 @@ def notebook(tmp_path):
         f'--IdentityProvider.token={token}',
         f'--ServerApp.root_dir={home}',
     ]
-    with (tmp_path / 'lab.log').open('w') as log:
+    with (tmp_path / 'lab.log').open('w', encoding='utf-8') as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         end = time.monotonic() + PATIENCE
         while not answers(f'http://127.0.0.1:{port}/api/status?token={token}'):
             assert server.poll() is None and time.monotonic() < end, (
                 tmp_path / 'lab.log'
-            ).read_text()[-2000:]
+            ).read_text(encoding='utf-8')[-2000:]
             time.sleep(0.3)
         yield f'http://127.0.0.1:{port}/lab/tree/09_explore.ipynb?token={token}'
     finally:
@@ -545,7 +552,10 @@ def notebook(tmp_path):
 
 @pytest.mark.slow
 def test_in_a_browser(notebook, browser, tmp_path):
-    """Run all cells; the widgets show up, follow the controls, and the button brings an answer, its steps and its attention."""
+    """Run all cells: the widgets follow the controls, and the button brings an answer.
+
+    Its steps and its attention are shown with it.
+    """
     page, shot = browser, os.environ.get('SCREENSHOTS', tmp_path)  # a folder, to look at afterwards
     page.goto(notebook)
     page.locator(
@@ -566,7 +576,10 @@ def test_in_a_browser(notebook, browser, tmp_path):
     page.screenshot(path=f'{shot}/explore-hard.png')
     page.locator('.widget-toggle-button', has_text='low').click()
     page.wait_for_function(
-        'before => { const img = document.querySelector(\'img[alt^="what the model sees"]\'); return img && img.src != before }',
+        """before => {
+            const img = document.querySelector('img[alt^="what the model sees"]');
+            return img && img.src != before;
+        }""",
         arg=hard,
     )  # the picture follows at once
     page.locator('.widget-toggle-button', has_text='always').click()
@@ -580,7 +593,8 @@ def test_in_a_browser(notebook, browser, tmp_path):
     page.locator('.noUi-handle').last.press('ArrowLeft')  # the slider under the steps
     page.locator('.ce-about', has_text='step 6 of 7').wait_for()
     page.wait_for_function(
-        '() => [...document.querySelectorAll(".widget-image")].filter(i => i.naturalWidth > 100).length == 3'
+        """() => [...document.querySelectorAll('.widget-image')]
+            .filter(i => i.naturalWidth > 100).length == 3"""
     )  # state, guess, attention
     page.screenshot(path=f'{shot}/explore-low.png')
     page.get_by_role('textbox', name='question').fill(' ')

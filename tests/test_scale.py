@@ -1,4 +1,4 @@
-"""What the chapter on scale says about memory holds in a process that is watched."""
+"""The memory that the chapter on scale estimates is what a process needs."""
 
 import sys
 
@@ -47,7 +47,7 @@ def test_shards_divide_the_state_and_copies_add_to_it():
 
 
 def test_passes_or_gradients():
-    """The larger of the two counts; gradients of earlier passes of an update lie beside the next one."""
+    """The larger of the two counts; gradients of earlier passes wait beside the next pass."""
     small = ClearConfig.from_dict(load_preset('tiny').model)
     copy, n, larger = copy_bytes(small, StagePlan(8)), count_parameters(small), []
     for tokens in (1, 6000):
@@ -70,7 +70,7 @@ def test_passes_or_gradients():
 @pytest.mark.parametrize('name', ['paper', 'official'])
 @pytest.mark.parametrize('w, h', [(640, 480), (1024, 1024)])
 def test_published_presets_fit(name, w, h):
-    """Every stage on eight GPUs of 80 GB, as the preset runs it; all trajectories in one pass, with everything kept, would not fit."""
+    """Every stage fits eight GPUs of 80 GB as the preset runs it, and not with all in one pass."""
     p = load_preset(name)
     assert all(r['gib'] < 0.9 * 80e9 / 2**30 for r in stage_table(p, 8, w, h, 80, 270))
     at_once = load_preset(name, **{'train.micro': 0, 'train.checkpointing': False})

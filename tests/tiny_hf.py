@@ -1,4 +1,4 @@
-"""Random image-text-to-text models of some fifty thousand weights, written to folders: LLaVA, Qwen2-VL, Idefics3."""
+"""Write small random image-text-to-text models to folders: LLaVA, Qwen2-VL, Idefics3."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,7 +23,12 @@ from transformers import (
 
 from clear_nb.core import torch_rng
 
-TEMPLATE = "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} Answer:"
+# chat template; IMAGE stands for the token of the model
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}"
+    '{% endfor %}{% endfor %} Answer:'
+)
 TEXT = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -46,17 +51,12 @@ VISION = dict(
 
 
 def bytewise(*special):
-    "A tokenizer of single bytes and some special tokens."
+    "Make a tokenizer of single bytes and some special tokens."
     special = ['<pad>', '<s>', '</s>', *special]
-    t = Tokenizer(
-        models.BPE(
-            {c: i for i, c in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
-        )
-    )
-    t.pre_tokenizer, t.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE({token: k for k, token in enumerate(vocabulary)}, []))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
     t.add_special_tokens(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>'
@@ -64,22 +64,19 @@ def bytewise(*special):
 
 
 def _save(folder, processor, model):
-    "Random weights from a named generator."
+    "Draw the weights from named generators and write processor and model to a folder."
     with torch.no_grad():
         for name, w in sorted(model.state_dict().items()):
             if w.is_floating_point() and 'inv_freq' not in name:
-                w.copy_(
-                    torch.randn(w.shape, generator=torch_rng('tiny hf', name))
-                    * (0.2 if w.ndim > 1 else 0.1)
-                    + (w.ndim == 1 and 'norm' in name)
-                )
+                scale, mean = 0.2 if w.ndim > 1 else 0.1, float(w.ndim == 1 and 'norm' in name)
+                w.copy_(torch.randn(w.shape, generator=torch_rng('tiny hf', name)) * scale + mean)
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
 
 
 def llava(folder, chat=True):
-    "32 x 32 pixels, 16 tokens per picture; with or without a chat template."
+    "Make a LLaVA of 32 x 32 pixels and 16 tokens per picture, with or without a chat template."
     t = bytewise('<image>')
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
@@ -100,11 +97,12 @@ def llava(folder, chat=True):
 
 
 def plain_llava(folder):
+    "Make a LLaVA without a chat template."
     return llava(folder, chat=False)
 
 
 def qwen(folder):
-    "Pictures of any size, as many tokens as they need."
+    "Make a Qwen2-VL, which takes pictures of any size."
     t = bytewise('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>')
     start, end, image, video = map(
         t.convert_tokens_to_ids,
@@ -142,7 +140,7 @@ def qwen(folder):
 
 
 def idefics(folder):
-    "A picture as tiles and a small whole; what SmolVLM is made of."
+    "Make an Idefics3, which cuts a picture into tiles; SmolVLM has this form."
     rows = [f'<row_{r}_col_{c}>' for r in range(1, 5) for c in range(1, 5)]
     t = bytewise(
         '<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>', *rows
