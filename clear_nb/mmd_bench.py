@@ -239,7 +239,7 @@ class Subject:
     "A checkpoint and how it is asked."
 
     name: str
-    stage: str  # checkpoint, a key of core.STAGE_MADE_BY
+    stage: str  # checkpoint, a key of records.STAGE_MADE_BY
     inputs: str = 'both'  # 'vit', or 'both': latent and ViT
     kind: str = 'trace'  # answers inside <answer>…</answer>; 'direct': the text is the answer
     policy: str = 'adaptive'  # adaptive, never, direct or always
