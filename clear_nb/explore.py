@@ -33,6 +33,7 @@ from .generate import Rollout, Sampling, generate
 from .grpo import state_at
 from .images import ResizeRule, open_image, resize, to_uint8
 from .model import ClearModel
+from .records import Clock
 from .restore import Restoration, decode_pixels
 from .reward import rule_says_right
 from .scenes import Question
