@@ -236,7 +236,7 @@ def _draw_severities(ax, accuracy: pd.DataFrame):
     ax.set(title='mean over benchmarks', xlabel='severity', ylabel='accuracy (%)', ylim=(0, 100))
     ax.legend(fontsize=7, frameon=False)
 
-# %% ../nbs/bench/bench.ipynb #4250e33f
+
 def _draw_corruptions(ax, corruption: pd.DataFrame):
     "Draw the accuracy per corruption at the hardest severity, one bar per model."
     part = corruption[corruption.benchmark == 'AVG']
@@ -252,7 +252,7 @@ def _draw_corruptions(ax, corruption: pd.DataFrame):
     ax.set_xticks(range(len(names)), texts, rotation=60, ha='right', fontsize=7)
     ax.set(title=f'per corruption, {level}' if names else 'no corrupted rows', ylim=(0, 100))
 
-# %% ../nbs/bench/bench.ipynb #d23c4eae
+
 def accuracy_figure(tables: dict) -> plt.Figure:  # tables: of `report_tables`
     "Draw the accuracy by severity with intervals, and bars per corruption."
     size = dict(figsize=(10, 3.4), width_ratios=(1, 2), layout='constrained')

@@ -21,7 +21,7 @@ from . import bench_files
 from .degrade import SEVERITY
 from .evaluate import finished_state, launched_shard, run_rows
 from .presets import read_settings
-from .rows import Reject
+from .rows import Reject, read_tsv
 
 # %% ../nbs/bench/cli.ipynb #eaf214ca
 def run_command(parser: argparse.ArgumentParser, argv=None) -> int:  # exit status
@@ -50,7 +50,7 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
     if not path.exists():
         raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
-        rows = bench_files.read_tsv(path)
+        rows = read_tsv(path)
         named = (_with_file_name(r, path.name) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     info = bench_files.read_info(path)

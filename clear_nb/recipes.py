@@ -119,8 +119,9 @@ def _stages_1_and_2(t: Training):
     keep = dict(acc=t.acc, state=state_file(t.folder), done=done)
     train_bridge(t.model, training, t.preset, own, t.seed, _replayed(t), **keep)
 
-# %% ../nbs/study/recipes.ipynb #ae8434d0
+
 def _matched(t: Training):
+    "Train the control: the updates of both stages, and no restoration."
     _stage1(t, _labelled(t), 'matched', 'matched')
 
 # %% ../nbs/study/recipes.ipynb #391004fc
