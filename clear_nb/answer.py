@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES_NEWEST_FIRST', 'ANSWER_OPTIONS', 'AnswerResult', 'newest_folder', 'default_device', 'devices', 'check_device',
            'open_model', 'preset_of', 'sampling_of', 'with_think_prompt', 'context_words', 'seen_picture',
-           'build_prompt', 'check_token_budget', 'answer', 'check_out', 'save_images', 'add_command']
+           'build_prompt', 'check_token_budget', 'answer', 'check_out', 'save_images', 'add_answer_command']
 
 # %% ../nbs/bench/answer.ipynb #545fa925
 import argparse
@@ -303,7 +303,7 @@ ANSWER_OPTIONS = {
 }
 
 
-def add_command(commands):  # subparsers of `clear-nb`
+def add_answer_command(commands):  # subparsers of `clear-nb`
     "Add the command `answer`, which `cli` runs."
     command = commands.add_parser(
         'answer',

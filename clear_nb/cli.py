@@ -277,7 +277,7 @@ COMMANDS = {
 
 
 def _answer_options(kinds):
-    import_module('clear_nb.answer').add_command(kinds)
+    import_module('clear_nb.answer').add_answer_command(kinds)
 
 
 def _build_table(record: dict) -> str:  # Markdown
