@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Protocol
 
+from .core import GrpoParams
 from .trajectory import Parsed
 
 # %% ../nbs/method/reward.ipynb #619121f0
@@ -236,10 +237,10 @@ RULES_BY_NAME = dict(
 class RewardWeights:
     "The weights of eq. 5, and the cost of a restoration, which the paper does not have."
 
-    acc: float = 0.75
-    fmt: float = 0.1
-    dec: float = 0.15
-    cost: float = 0.0
+    acc: float = GrpoParams.w_acc
+    fmt: float = GrpoParams.w_fmt
+    dec: float = GrpoParams.w_dec
+    cost: float = GrpoParams.w_cost
 
     @classmethod
     def of(
