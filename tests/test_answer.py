@@ -57,8 +57,9 @@ def folder(restorer, tmp_path):
     return restorer.save_pretrained(tmp_path / 'model')
 
 
-def test_three_lines(folder, photo, capsys):
+def test_three_lines(folder, photo, capsys, monkeypatch):
     "Folder or open model, path or picture give the same trajectory."
+    monkeypatch.setenv('JPY_SESSION_NAME', 'a person looks')
     a = answer(photo, QUESTION, folder, steps=3, max_new=4)
     assert 'denoising' in capsys.readouterr().err
     b = answer(Image.open(photo), f' {QUESTION} ', str(folder), steps=3, max_new=4, progress=False)
@@ -187,8 +188,9 @@ def command(folder, photo, *more):
     ]
 
 
-def test_command(folder, photo, tmp_path, capsys):
+def test_command(folder, photo, tmp_path, capsys, monkeypatch):
     "Trajectory on standard output, bar on standard error, image in the file."
+    monkeypatch.setenv('JPY_SESSION_NAME', 'a person looks')
     assert main(command(folder, photo, '--out', str(tmp_path / 'r.png'), '--seed', '3')) == 0
     printed = capsys.readouterr()
     assert (
