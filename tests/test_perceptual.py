@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from clear_nb.artefacts import save_table
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,7 +20,6 @@ from clear_nb.data import make_picture_set
 from clear_nb.paper import paper_table
 from clear_nb.presets import load_preset
 from clear_nb.records import make_record
-from clear_nb.report import save_table
 from clear_nb.stats import paired_difference
 
 GOLDEN = ROOT / 'tests' / 'golden'
