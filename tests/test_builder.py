@@ -27,7 +27,6 @@ from builder_rows import (
     talkative,
     write_source,
 )
-from clear_nb.tables import table8
 from fake_server import Drop, FakeServer, Status, hasty
 
 from clear_nb import cli
@@ -63,6 +62,7 @@ from clear_nb.sources import (
     read_picture,
 )
 from clear_nb.stored import read_manifest
+from clear_nb.tables import table8
 from clear_nb.trajectory import parse
 from clear_nb.wording import Reply
 

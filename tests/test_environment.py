@@ -103,12 +103,12 @@ def test_benchmark_needs_no_notebooks(tmp_path):
     (tmp_path / 'picture.png').write_bytes(picture())
     code = f"""
 from pathlib import Path
-from clear_nb import answer, bench, bench_files
+from clear_nb import answer, bench_files, cli, rows
 out = Path(sys.argv[1])
-assert len(list(bench_files.read_tsv(out/'MMStar.tsv'))) == 6
+assert len(list(rows.read_tsv(out/'MMStar.tsv'))) == 6
 asked = ['--model', 'python:bench_rows:guess', '--data', str(out/'MMStar.tsv'), '--out', str(out/'run')]
-assert bench.main(['bench', *asked]) == 0
-assert bench.main(['answer', '--image', str(out/'picture.png'), '--question', 'what is it?']) == 0
+assert cli.main(['bench', *asked]) == 0
+assert cli.main(['answer', '--image', str(out/'picture.png'), '--question', 'what is it?']) == 0
 assert not [n for n in {HEAVY!r} if sys.modules.get(n)]
 """
     done = python('-c', BLOCKED + code, tmp_path, seconds=300)

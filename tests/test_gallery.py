@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from clear_nb.artefacts import save_figure
 
 from clear_nb import gallery as ga
+from clear_nb.artefacts import save_figure
 from clear_nb.base import new_model
 from clear_nb.generate import Rollout
 from clear_nb.mmd_bench import SUBJECTS, benchmark_rows

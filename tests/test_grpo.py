@@ -4,6 +4,7 @@ should.
 
 import math
 import re
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -680,7 +681,7 @@ def test_reward_weights_reach_the_step(toy):
 
 def test_progress_bar(toy, capsys, monkeypatch):
     """Beside the bar: reward, trigger rate, seconds per phase, nothing else."""
-    monkeypatch.setattr('clear_nb.core.bars_are_shown', lambda: True)
+    monkeypatch.setattr('clear_nb.core._bar_file', lambda: sys.stderr)
     train_grpo(toy.model, toy.pool, preset(steps=1), acc=accelerator('no'), judge=likes_red)
     shown = re.findall(r'(\w+)=', capsys.readouterr().err.split('grpo:')[-1])
     assert shown == ['reward', 'trigger', 's_rollout', 's_reward', 's_update']

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clear_nb.tables import table1, table2, trigger_rates
 
 from clear_nb import ask, cli, decode, degrade, identity, scenes, variants
 from clear_nb import mmd_bench as mb
@@ -19,6 +18,7 @@ from clear_nb.records import read_records
 from clear_nb.reward import rule_says_right
 from clear_nb.scoring import score_reply
 from clear_nb.stats import scores_frame
+from clear_nb.tables import table1, table2, trigger_rates
 from clear_nb.train import accelerator
 
 PRESET = load_preset('smoke')

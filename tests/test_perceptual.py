@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from clear_nb.artefacts import save_table
 from PIL import Image
 from safetensors.torch import save_file
 
 from clear_nb import perceptual as pc
+from clear_nb.artefacts import save_table
 from clear_nb.base import load_stage
 from clear_nb.core import ROOT, rng
 from clear_nb.data import make_picture_set
