@@ -21,10 +21,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from . import degrade, scoring
+from .artefacts import to_markdown
 from .core import atomic_path
 from .evaluate import merge_parts
 from .records import versions
-from .report import to_markdown
 from .rows import BenchmarkRow
 from .stats import Estimate
 

@@ -152,8 +152,8 @@ def _print_remarks(folder: Path, frame, run: dict, again: str) -> int:  # exit s
 
 def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> int:  # exit status
     "Write and print the report of some runs."
+    from clear_nb.artefacts import to_markdown
     from clear_nb.bench import read_results, without_repetition, write_report
-    from clear_nb.report import to_markdown
 
     results = [read_results(r, open_judge(args.judge, r), args.compat) for r in runs]
     tables = write_report(results, args.out)
@@ -281,7 +281,8 @@ def _answer_options(kinds):
 
 
 def _build_table(record: dict) -> str:  # Markdown
-    from clear_nb.report import table8, to_markdown
+    from clear_nb.artefacts import to_markdown
+    from clear_nb.tables import table8
 
     return to_markdown(table8([record], scale='this build'))
 

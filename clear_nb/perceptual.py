@@ -33,6 +33,7 @@ from scipy.io import savemat
 from torch import Tensor
 from tqdm import tqdm
 
+from .claims import finding
 from .core import PATHS, file_hash, rng
 from .data import PictureSet, corrupt, make_picture_set, prompts, scene_items
 from .decode import Noise, decode_text, prefill
@@ -42,7 +43,6 @@ from .model import ClearModel
 from .mot import KVCache
 from .paper import paper_table
 from .presets import EvalParams, Preset
-from .report import finding
 from .restore import decode_pixels, restore
 from clear_nb.stats import (
     UNKNOWN,

@@ -213,7 +213,7 @@ def test_a_changed_number_makes_stale(home, monkeypatch, change, want):
 CODES = [
     ('grpo', '\ndef more(): return 1\n', LABELS + RL),
     ('mot', '\nmore = 1\n', list(WATCHED)),
-    ('report', '\nmore = 1\n', []),
+    ('figures', '\nmore = 1\n', []),
     ('grpo', '\n# a remark\n', []),
 ]
 

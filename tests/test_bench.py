@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tiny_hf
 from bench_rows import guess, picture, rows, silly, slow
-from fake_server import FAILURES, FakeServer, Hang, Status, hasty  # noqa: F401, a fixture
+from fake_server import FAILURES, FakeServer, Hang, Status, hasty
 from PIL import Image, ImageFilter
 
 from clear_nb import bench_files, identity

@@ -27,7 +27,7 @@ from builder_rows import (
     talkative,
     write_source,
 )
-from fake_server import Drop, FakeServer, Status
+from fake_server import Drop, FakeServer, Status, hasty
 
 from clear_nb import cli
 from clear_nb.adapters import CallableAdapter, ServerAdapter
@@ -51,7 +51,6 @@ from clear_nb.pathways import (
     row_of_candidate,
 )
 from clear_nb.records import read_records
-from clear_nb.report import table8
 from clear_nb.reward import rule_says_right
 from clear_nb.rows import BenchmarkRow
 from clear_nb.server import Server
@@ -63,6 +62,7 @@ from clear_nb.sources import (
     read_picture,
 )
 from clear_nb.stored import read_manifest
+from clear_nb.tables import table8
 from clear_nb.trajectory import parse
 from clear_nb.wording import Reply
 

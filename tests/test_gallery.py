@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from clear_nb import gallery as ga
+from clear_nb.artefacts import save_figure
 from clear_nb.base import new_model
 from clear_nb.generate import Rollout
 from clear_nb.mmd_bench import SUBJECTS, benchmark_rows
 from clear_nb.presets import load_preset
 from clear_nb.records import read_records, write_record
-from clear_nb.report import save_figure
 from clear_nb.restore import Restoration
 from clear_nb.scenes import FAMILIES
 

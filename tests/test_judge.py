@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import openai
 import pytest
-from fake_server import FAILURES, Drop, FakeServer, Hang, Raw, Status, hasty  # noqa: F401, a fixture
+from fake_server import FAILURES, Drop, FakeServer, Hang, Raw, Status, hasty
 
 from clear_nb import scenes
 from clear_nb.judge import OPEN_TASK, OPTION_TASK, SHORT_TASK, LLMJudge, judge_many, read_letter

@@ -15,10 +15,10 @@ from clear_nb.core import ROOT, rng
 from clear_nb.generate import Rollout
 from clear_nb.presets import load_preset
 from clear_nb.records import read_records
-from clear_nb.report import table1, table2, trigger_rates
 from clear_nb.reward import rule_says_right
 from clear_nb.scoring import score_reply
 from clear_nb.stats import scores_frame
+from clear_nb.tables import table1, table2, trigger_rates
 from clear_nb.train import accelerator
 
 PRESET = load_preset('smoke')

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clear_nb import perceptual as pc
+from clear_nb.artefacts import save_table
 from clear_nb.base import load_stage
 from clear_nb.core import ROOT, rng
 from clear_nb.data import make_picture_set
 from clear_nb.paper import paper_table
 from clear_nb.presets import load_preset
 from clear_nb.records import make_record
-from clear_nb.report import save_table
 from clear_nb.stats import paired_difference
 
 GOLDEN = ROOT / 'tests' / 'golden'

@@ -365,9 +365,9 @@ def test_stale_export(tmp_path, monkeypatch):
 def test_modules_follow_imports():
     """What a notebook reaches decides whether it is stale; report reaches paper, paper does not reach report."""
     assert reached_modules('def f():\n    from clear_nb.paper import audit') == ['core', 'paper']
-    assert {'core', 'paper', 'report'} <= set(reached_modules('from clear_nb import report as r'))
+    assert {'core', 'paper', 'claims'} <= set(reached_modules('from clear_nb import claims as r'))
     path = PATHS.package / 'report.py'
-    assert 'report' not in reached_modules((PATHS.package / 'paper.py').read_text())
+    assert 'claims' not in reached_modules((PATHS.package / 'paper.py').read_text())
     assert pipeline.made_from(path)['code'].keys() >= {'report.py', 'core', 'paper'}
 
 

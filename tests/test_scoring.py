@@ -10,7 +10,7 @@ from types import SimpleNamespace as Space
 import numpy as np
 import pandas as pd
 import pytest
-from fake_server import FakeServer, Status, hasty  # noqa: F401, a fixture
+from fake_server import FakeServer, Status, hasty
 
 from clear_nb import degrade, scenes
 from clear_nb import scoring as sc

@@ -9,39 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from clear_nb.artefacts import save_figure, save_table, to_markdown
+from clear_nb.claims import CLAIMS, DROP_CLAIMS, findings
 from clear_nb.core import PATHS, ROOT, rng
+from clear_nb.figures import figure1, figure5, figure_labels, figure_sweeps
 from clear_nb.identity import notebook_code
 from clear_nb.paper import paper_table
 from clear_nb.presets import load_preset
 from clear_nb.records import make_record
-from clear_nb.report import (
-    ABLATION,
-    CLAIMS,
-    DROP_CLAIMS,
-    LABELS,
-    SEVERITY_LABELS,
-    decision_share,
-    figure1,
-    figure5,
-    figure_labels,
-    figure_sweeps,
-    findings,
-    save_figure,
-    save_table,
-    table1,
-    table2,
-    table3,
-    table6,
-    table8,
-    table9,
-    table11,
-    table15,
-    table_labels,
-    table_sweep,
-    to_markdown,
-    trigger_rates,
-    trigger_table,
-)
 from clear_nb.stats import (
     UNKNOWN,
     Estimate,
@@ -55,6 +30,24 @@ from clear_nb.stats import (
     scores_frame,
     seed_spread,
     select_records,
+)
+from clear_nb.tables import (
+    ABLATION,
+    LABELS,
+    SEVERITY_LABELS,
+    decision_share,
+    table1,
+    table2,
+    table3,
+    table6,
+    table8,
+    table9,
+    table11,
+    table15,
+    table_labels,
+    table_sweep,
+    trigger_rates,
+    trigger_table,
 )
 
 SEVERITIES = ('clean', 'low', 'mid', 'hard')
