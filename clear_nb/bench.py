@@ -63,7 +63,7 @@ def read_results(
 def joined(frames: Iterable) -> pd.DataFrame:  # frames: of `read_results`
     "Collect the units of several models."
     units = pd.concat([scoring.score_units(f) for f in frames if len(f)], ignore_index=True)
-    return units.assign(severity=scoring.severities(units.severity.astype(str)))
+    return units.assign(severity=scoring.in_severity_order(units.severity.astype(str)))
 
 
 def _estimates(table: pd.DataFrame) -> list:
@@ -240,7 +240,7 @@ def _draw_severities(ax, accuracy: pd.DataFrame):
 def _draw_corruptions(ax, corruption: pd.DataFrame):
     "Draw the accuracy per corruption at the hardest severity, one bar per model."
     part = corruption[corruption.benchmark == 'AVG']
-    level = max(part.severity, key=[*scoring.SEVERITY_ORDER, *part.severity].index, default='')
+    level = max(part.severity, key=[*degrade.SEVERITIES, *part.severity].index, default='')
     part = part[part.severity == level]
     names, models = list(dict.fromkeys(part.corruption)), list(dict.fromkeys(part.model))
     for k, model in enumerate(models):
@@ -318,7 +318,7 @@ def _by_severity(table: pd.DataFrame, value: str) -> str:  # Markdown
     "Show one column per severity."
     table = without_repetition(table)
     names = [c for c in _NAMES if c in table]
-    levels = scoring.severities(table.severity).remove_unused_categories().categories
+    levels = scoring.in_severity_order(table.severity).remove_unused_categories().categories
     lines = table.assign(severity=table.severity.astype(str)).set_index([*names, 'severity'])
     wide = lines[value].unstack(sort=False)
     return to_markdown(wide[list(levels)].reset_index())

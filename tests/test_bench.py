@@ -19,7 +19,7 @@ from bench_rows import guess, picture, rows, silly, slow
 from fake_server import FAILURES, FakeServer, Hang, Status, hasty
 from PIL import Image, ImageFilter
 
-from clear_nb import bench_files
+from clear_nb import bench_files, identity
 from clear_nb.adapters import CallableAdapter, ServerAdapter
 from clear_nb.bench import accuracy_table, read_results, report_bench
 from clear_nb.cli import main
@@ -260,6 +260,47 @@ def test_another_run(tmp_path):
         with pytest.raises(ValueError, match=match):
             run(**kw)
     assert results(tmp_path / 'r').equals(before)
+
+
+def test_changed_code(data, tmp_path, monkeypatch, capsys):
+    "Replies given before a change of code are refused by module, and kept when the user says so."
+    source, changed = identity.module_source, []
+    change = lambda m: source(m) + '\nadded = 1' if m in changed else source(m)
+    monkeypatch.setattr(identity, 'module_source', change)
+    assert main(command(data, tmp_path)) == 0
+    changed.append('scoring')  # decides no reply
+    assert main(command(data, tmp_path)) == 0
+    changed.append('wording')
+    assert main(command(data, tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert 'before a change (other code in wording)' in said and '--accept-code' in said
+    before = results(tmp_path / 'run')
+    for _ in range(2):
+        assert main(command(data, tmp_path, '--accept-code')) == 0
+    note = json.loads((tmp_path / 'run' / 'run.json').read_text(encoding='utf-8'))
+    assert [c['found'] for c in note['code_changes']] == [['other code in wording']]
+    assert main(command(data, tmp_path)) == 0 and results(tmp_path / 'run').equals(before)
+
+
+def test_run_without_identity(tmp_path):
+    "A run of an earlier version holds no identity: its replies are kept when the user says so."
+    run = lambda **kw: run_rows(
+        CallableAdapter(guess), rows(), tmp_path / 'r', progress=False, **kw
+    )
+    note = json.loads((run() / 'run.json').read_text(encoding='utf-8'))
+    del note['made_from']
+    (tmp_path / 'r' / 'run.json').write_text(json.dumps(note), encoding='utf-8')
+    with pytest.raises(ValueError, match='its identity is unknown'):
+        run()
+    run(accept_code=True)
+    run()
+
+
+def test_few_files(whole, tmp_path):
+    "With a batch of one, parts are joined: far fewer files than rows, and the same results."
+    run_rows(CallableAdapter(guess), rows(), tmp_path / 'r', batch=1, progress=False)
+    assert len(list((tmp_path / 'r' / 'parts').iterdir())) == 1 + 24 - 16
+    assert results(tmp_path / 'r').equals(whole)
 
 
 def test_miscounted_replies(tmp_path):

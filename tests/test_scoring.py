@@ -18,6 +18,7 @@ from clear_nb.core import rng
 from clear_nb.judge import LLMJudge
 from clear_nb.reward import AnswerScore, Outage, RuleJudge, Unparsable, match_option
 from clear_nb.rows import BenchmarkRow
+from clear_nb.stats import scores_frame, share_interval
 
 GOLDEN = Path(__file__).parent / 'golden' / 'scoring'
 OPTIONS = [json.loads(line) for line in (GOLDEN / 'option_matching.jsonl').read_text().splitlines()]
@@ -984,3 +985,21 @@ def test_judge_behind_a_server(monkeypatch, tmp_path, hasty):
             'unparsable',
             'right',
         ]
+
+
+@pytest.mark.parametrize('right', [0, 24])
+def test_one_interval_everywhere(right):
+    """0 of 24, or 24 of 24, has one interval: in a table, in a record's table, and by the formula."""
+    rows = sc.score_rows(
+        [BenchmarkRow('MMStar', str(k), '?', 'A', options=PETS) for k in range(24)],
+        ['A' if right else 'B'] * 24,
+    )
+    line = sc.score_table(sc.score_units(rows)).iloc[0]
+    bits = ('1' if right else '0') * 24
+    cell = dict(correct=bits, trigger=None, questions=24, unparsable=0)
+    record = dict(seed=0, metrics=dict(scores=dict(m=dict(mmstar=dict(hard=cell)))))
+    recorded = scores_frame([record]).iloc[0]
+    low, high = (100 * end for end in share_interval(right, 24))
+    for found in (line, recorded):
+        assert abs(found.low - low) < 1e-9 and abs(found.high - high) < 1e-9
+    assert high - low > 10

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     'rows': ['degrade', 'scenes'],
     'variants': ['rows'],
     'bench_files': ['variants'],
-    'scoring': ['stats', 'judge'],
+    'scoring': ['degrade', 'judge', 'reward', 'stats'],
     'wording': [],
     'evaluate': ['rows', 'wording', 'identity'],
     'answer': ['generate', 'records'],
