@@ -185,3 +185,28 @@ def test_no_silent_failure(path):
         r'import \*|except( Exception)?:|np\.random\.seed|torch\.manual_seed\(|random\.seed\(',
         source,
     )
+
+
+def test_lines_are_narrow():
+    """At most 100 characters at the 90th percentile; the 13 lines above 140 do not become more."""
+    widths = [w for p in MODULES for w in style.widths(p)]
+    assert np.percentile(widths, 90) <= 100
+    assert sum(w > 140 for w in widths) <= 13
+
+
+def test_functions_say_little():
+    """At most 175 tokens at the 90th percentile, none above 400."""
+    tokens = {n: k for p in MODULES for n, k in style.function_tokens(p).items()}
+    assert {n: k for n, k in tokens.items() if k > 400} == {}
+    assert np.percentile(list(tokens.values()), 90) <= 175
+
+
+def test_names_have_one_meaning():
+    """At most 1.5 % of the public names are spelled like another one."""
+    names = sum(map(len, style.public_names(ROOT).values()))
+    assert sum(map(len, style.homonyms(ROOT).values())) <= 0.015 * names
+
+
+def test_docstrings_begin_with_a_verb():
+    """The 33 docstrings that begin otherwise do not become more."""
+    assert len(style.openings(ROOT)) <= 33
