@@ -161,7 +161,7 @@ def test_small_batches_restore_the_same(model, mixed, monkeypatch):
 def test_drawn_benchmarks(model, tmp_path, name):
     """The drawn benchmarks are resized for such a model; restored pictures too."""
     rows = mb.benchmark_rows('mmvp', 'hard', 1, tmp_path)
-    got = mb.evaluate(model, rows, mb.SUBJECTS[name], SMOKE.eval, max_new=4, progress=False)
+    got = mb.subject_cell(model, rows, mb.SUBJECTS[name], SMOKE.eval, max_new=4)
     assert len(got['correct']) == len(rows)
 
 
