@@ -1,8 +1,11 @@
-"""Prefill, decoding and denoising against what the machine allows: bytes over memory bandwidth, operations over matrix speed.
+"""Compare prefill, decoding and denoising with what the machine allows.
+
+Limits: bytes over memory bandwidth, operations over matrix speed.
 
     .venv/bin/python benchmarks/floors.py --shape 7b --device cuda --out results/h200
 
-Random weights of the true shape. Bandwidth and matrix speed are measured in the same run, so a ratio says how far a phase is from this very machine's limit.
+Random weights of the true shape. Bandwidth and matrix speed are measured in the same run,
+so a ratio says how far a phase is from this very machine's limit.
 """
 
 import argparse
@@ -51,7 +54,9 @@ def repeated(f, repeats, device):
 
 
 def machine(dtype, device, repeats, mib=None, side=None):
-    "Bytes per second of reading a long vector into a sum of products, operations per second of a large matrix product"
+    """Bytes per second of reading a long vector into a sum of products, operations per second
+    of a large matrix product
+    """
     big = device != 'cpu'
     n = (mib or (4096 if big else 256)) * 2**20 // torch.finfo(dtype).bits * 8
     x, w = (
@@ -118,7 +123,9 @@ def denoise_floor(model, rows, tokens, context, m):
 
 
 def prefill_floor(model, vae, und, m):
-    "Seconds: each expert on its tokens, attention over half of the pairs of text and all pairs of pictures counted as all"
+    """Seconds: each expert on its tokens, attention over half of the pairs of text and all
+    pairs of pictures counted as all
+    """
     heads = weights(model, False) - model.language_model.lm_head.weight.numel()
     return (
         2 * vae * weights(model, True)
@@ -134,7 +141,8 @@ def prefill_floor(model, vae, und, m):
 def picture(model, side, key):
     "A random picture of about `side` pixels for both encoders: latent and ViT image"
     c, g = model.cfg, torch_rng('picture', key)
-    fit = lambda step, table: step * min(side // step, table)
+    def fit(step, table):
+        return step * min(side // step, table)
     a, b = fit(c.vae.down * c.latent_patch, c.latent_side), fit(c.vit.patch, c.vit.side)
     return torch.randn(c.vae.z, a // c.vae.down, a // c.vae.down, generator=g), torch.rand(
         3, b, b, generator=g
@@ -147,7 +155,8 @@ def context_of(model, a):
     ask = [LatentSegment(z), VitSegment(image), *prompt(model, a.text)]
     n = [tokens_of(s, model.shape) for s in ask]
     slots = sum(n) + max(a.tokens + 4, n[0])
-    new = lambda: KVCache(model.mot.cfg, 1, slots, model.device, model.cache_dtype)
+    def new():
+        return KVCache(model.mot.cfg, 1, slots, model.device, model.cache_dtype)
     return z, ask, n, new
 
 
@@ -170,9 +179,10 @@ def measure(model, m, a):
         prefill_floor(model, n[0], sum(n[1:]), m),
     )
     for rows in a.rows:
-        job = lambda: speaking(
-            model, None, a.tokens, cache=select_rows(cache, torch.zeros(rows, dtype=torch.long))
-        )()
+        def job():
+            return speaking(
+                    model, None, a.tokens, cache=select_rows(cache, torch.zeros(rows, dtype=torch.long))
+                )()
         t = statistics.median(in_turns({'f': job}, a.repeats, a.device)['f']) / (a.tokens + 1)
         book(f'decode, batch {rows}', t, decode_floor(model, rows, sum(n) + a.tokens // 2, m))
         out[f'decode, batch {rows}']['tokens_per_second'] = rows / t
@@ -213,7 +223,8 @@ def main(argv=None):
     if a.compile:
         model.mot.compile_layers()
     print(
-        f'{name}, {dtype}: {m["bandwidth"] / 1e9:.0f} GB/s, {m["matrix"] / 1e12:.2f} TFLOP/s; {a.shape}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters'
+        f'{name}, {dtype}: {m["bandwidth"] / 1e9:.0f} GB/s, {m["matrix"] / 1e12:.2f} TFLOP/s; '
+        f'{a.shape}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters'
     )
     out = dict(
         measure(model, m, a),

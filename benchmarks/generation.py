@@ -1,8 +1,12 @@
-"""Decoding with the cache against whole passes, long against short contexts, batches against rows, guided against plain denoising.
+"""Compare ways to decode and denoise.
+
+Decoding with the cache against whole passes, long against short contexts, batches against rows,
+guided against plain denoising.
 
     .venv/bin/python benchmarks/generation.py --shapes tiny 100m --out generation.json
 
-Random weights. What is compared runs in turns in one process; on a CPU one thread and processor seconds are counted. Only ratios carry over to other machines.
+Random weights. What is compared runs in turns in one process;
+on a CPU one thread and processor seconds are counted. Only ratios carry over to other machines.
 """
 
 import argparse
@@ -174,9 +178,10 @@ def long_context(model, tokens, repeats, device, rows=1):
 def batching(model, tokens, repeats, device, rows=16):
     "Tokens per second of a batch over those of its rows one by one"
     ask = [prompt(model, 64, r) for r in range(rows)]
-    alone = lambda: (lambda made: lambda: [f() for f in made])(
-        [speaking(model, [p], tokens)() for p in ask]
-    )
+    def alone():
+        return (lambda made: lambda: [f() for f in made])(
+            [speaking(model, [p], tokens)() for p in ask]
+        )
     return ratio(
         in_turns({'batch': speaking(model, ask, tokens), 'alone': alone}, repeats, device),
         'alone',
@@ -190,13 +195,14 @@ def guided(model, z, steps, repeats, device, rows=8):
     cache = KVCache(model.mot.cfg, rows, 200, model.device)
     prefill(model, cache, ask)
     noise = torch.randn(rows, *z.shape, generator=torch_rng('noise'))
-    make = lambda g: (
-        lambda: (
-            lambda: restore(
-                model, cache, noise, steps, guide=prefill_guidance(model, cache, ask, g)
+    def make(g):
+        return (
+            lambda: (
+                lambda: restore(
+                    model, cache, noise, steps, guide=prefill_guidance(model, cache, ask, g)
+                )
             )
         )
-    )
     t = in_turns(
         {
             'none': make(None),
@@ -220,7 +226,8 @@ def measure(name, a):
     "All ratios of one shape"
     model, z = build(name, a.device)
     print(
-        f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {a.device}, {torch.get_num_threads()} thread(s)'
+        f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, '
+        f'{a.device}, {torch.get_num_threads()} thread(s)'
     )
     out = dict(parameters=sum(p.numel() for p in model.parameters()))
     for rows in a.rows:

@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread per worker, no window, offline; long tests first; one server of forks per worker."""
+"""Shared by all tests: one thread per worker, no window, offline; long tests first; one server
+of forks per worker.
+"""
 
 import os
 

@@ -71,7 +71,9 @@ def job(kind: str, what, cwd: str, env: dict, out: str):
 
 
 def supervise(connection: socket.socket):
-    """Fork for one request, wait for its end, and end it when its time is over or nobody waits any more."""
+    """Fork for one request, wait for its end, and end it when its time is over or nobody waits
+    any more.
+    """
     asked = json.loads(connection.makefile('r').readline())
     seconds = asked.pop('seconds')
     if not (pid := os.fork()):
@@ -135,7 +137,9 @@ def ask(place: str, seconds: float, **asked):
 
 
 class ForkServer:
-    """A server in a folder of its own; `execute` runs a notebook, `kernels` is a folder for JUPYTER_PATH."""
+    """A server in a folder of its own; `execute` runs a notebook, `kernels` is a folder for
+    JUPYTER_PATH.
+    """
 
     def __init__(self, folder: Path):
         self.place, self.log = str(folder / 's'), folder / 'log'

@@ -1,4 +1,6 @@
-"""Measure how the package reads: `python tests/style.py [folder of a checkout]` prints the table."""
+"""Measure how the package reads: `python tests/style.py [folder of a checkout]` prints the
+table.
+"""
 
 import ast
 import io
@@ -95,7 +97,9 @@ def public_names(root: Path) -> dict:
 
 
 def homonyms(root: Path) -> dict:
-    """Map each spelling that stands for several public names to these names; case does not count."""
+    """Map each spelling that stands for several public names to these names; case does not
+    count.
+    """
     found = defaultdict(list)
     for module, names in public_names(root).items():
         for name in set(names) - ENTRY_POINTS:
@@ -149,7 +153,10 @@ def summary(root: Path) -> dict:
     names = sum(map(len, public_names(root).values()))
     shared = sum(map(len, homonyms(root).values()))
     single, private = one_caller(root)
-    pick = lambda values, *at: ' / '.join(f'{np.percentile(values, q):.0f}' for q in at)
+
+    def pick(values, *at):
+        return ' / '.join(f'{np.percentile(values, q):.0f}' for q in at)
+
     return {
         'lines of the package': len(every),
         'width p50 / p90 / max': pick(every, 50, 90, 100),

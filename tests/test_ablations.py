@@ -1,4 +1,6 @@
-"""Ablations at preset smoke: what makes a case, what is trained, what is skipped, what a kill leaves."""
+"""Ablations at preset smoke: what makes a case, what is trained, what is skipped, what a kill
+leaves.
+"""
 
 import copy
 import os
@@ -107,7 +109,9 @@ def empty(finished, tmp_path, monkeypatch):
 
 
 def test_every_kind_leaves_its_record(home):
-    """One record per case, with outcomes of every benchmark, clean and hard, under a name made of its values."""
+    """One record per case, with outcomes of every benchmark, clean and hard, under a name made
+    of its values.
+    """
     found = {r['variant']: r['metrics'] for r in ab.ablation_records('smoke', home / 'records')}
     assert sorted(found) == sorted(NAMES) and {m['kind'] for m in found.values()} == set(
         ab.CASE_KINDS
@@ -125,7 +129,9 @@ def test_every_kind_leaves_its_record(home):
 
 
 def test_what_is_trained(home):
-    """The preset's own values and the denoising steps use finished weights; CLEAR asked in two ways is trained once."""
+    """The preset's own values and the denoising steps use finished weights; CLEAR asked in two
+    ways is trained once.
+    """
     history = {
         r['variant']: r['metrics']['history'] for r in read_records('smoke', root=home / 'records')
     }
@@ -172,12 +178,15 @@ def test_weights_outlive_their_record(home, tmp_path):
     (out,) = ab.run_cases(
         [case], SMOKE, 0, load=nothing, progress=False, root=tmp_path, folder=home / 'cache'
     )
-    said = lambda root: {
-        (b, s): (c['correct'], c['version'])
-        for r in read_records('smoke', variant='labels=2+model=matched', root=root)
-        for b, levels in r['metrics']['scores']['matched'].items()
-        for s, c in levels.items()
-    }
+
+    def said(root):
+        return {
+            (b, s): (c['correct'], c['version'])
+            for r in read_records('smoke', variant='labels=2+model=matched', root=root)
+            for b, levels in r['metrics']['scores']['matched'].items()
+            for s, c in levels.items()
+        }
+
     assert len(said(tmp_path)) == 4 and said(tmp_path) == said(home / 'records')
 
 
@@ -271,7 +280,9 @@ ab.run_cases(ab.lambda_cases(smoke, 2), smoke, 0, load=load, progress=False, roo
 
 
 def test_kill_between_two_cases(empty):
-    """kill -9 when the second case begins: the first is kept as it was, only the second runs afterwards."""
+    """kill -9 when the second case begins: the first is kept as it was, only the second runs
+    afterwards.
+    """
     todo = ab.lambda_cases(SMOKE, 2)
     done = subprocess.run(
         [sys.executable, '-c', KILLED, str(empty)],
@@ -289,7 +300,9 @@ def test_kill_between_two_cases(empty):
 
 
 def test_kill_between_two_stages(empty, monkeypatch):
-    """A stop in stage 2: stage 1 is not trained again, and the result is that of an undisturbed run."""
+    """A stop in stage 2: stage 1 is not trained again, and the result is that of an undisturbed
+    run.
+    """
     case = ab.label_cases(SMOKE, 1)[0]
 
     class Stopped(Exception):
@@ -306,9 +319,12 @@ def test_kill_between_two_stages(empty, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recipes, 'train_sft', nothing)
         run([case], empty)
-    files = lambda runs: {
-        p.relative_to(runs): p.read_bytes() for p in runs.rglob('clear-*/model.safetensors')
-    }
+
+    def files(runs):
+        return {
+            p.relative_to(runs): p.read_bytes() for p in runs.rglob('clear-*/model.safetensors')
+        }
+
     resumed = files(empty / 'runs')
     PATHS.runs = empty / 'again'
     ab.run_case(case, SMOKE, 0, load, progress=False, root=empty / 'other', folder=empty / 'cache')
@@ -316,7 +332,9 @@ def test_kill_between_two_stages(empty, monkeypatch):
 
 
 def test_budgets():
-    """Ascending, the preset's own number among them, never less than one picture holds; a list in words is refused."""
+    """Ascending, the preset's own number among them, never less than one picture holds; a list
+    in words is refused.
+    """
     tiny = load_preset('tiny')
     assert (
         ab.budgets(tiny) == sorted(ab.budgets(tiny))

@@ -53,7 +53,10 @@ def test_batches_change_nothing(model, batch):
     pictures = make_picture_set(model, labelled_items(0, 6, 2, 'rl'))
     pairs, how = all_pairs(pictures), Sampling(max_new=4, steps=2, policy='always', max_restores=1)
     noises = [Noise('test', k) for k in range(len(pairs))]
-    build = lambda part: prompts(model.tokenizer, pictures, part)
+
+    def build(part):
+        return prompts(model.tokenizer, pictures, part)
+
     made = ask.ask_model(model, pairs, build, how, batch, noises)
     for pair, noise, got in zip(pairs, noises, made):
         (alone,) = ask.ask_model(model, [pair], build, how, 1, [noise])

@@ -76,7 +76,9 @@ def test_shards(whole, tmp_path, n):
 
 
 def test_only_this_run_is_finished(tmp_path):
-    "What another number of processes, or an earlier run with a limit, left behind finishes nothing."
+    """What another number of processes, or an earlier run with a limit, left behind finishes
+    nothing.
+    """
 
     def run(i, n, **kw):
         return run_rows(
@@ -114,7 +116,9 @@ def test_batches(whole, tmp_path):
 
 
 def test_severities_and_limit(tmp_path):
-    "A short run holds whole groups at each severity asked for; a later, longer run only asks the rest."
+    """A short run holds whole groups at each severity asked for; a later, longer run only asks
+    the rest.
+    """
     calls = []
 
     def count(picture, prompt):
@@ -153,7 +157,9 @@ def child(f, out):
 
 
 def test_kill(whole, tmp_path, monkeypatch):
-    "kill -9 in the middle of a batch; the run goes on behind the last whole batch and ends with the same results."
+    """kill -9 in the middle of a batch; the run goes on behind the last whole batch and ends
+    with the same results.
+    """
     out, log = tmp_path / 'killed', tmp_path / 'log'
     monkeypatch.setenv('ASKED', str(log))
     monkeypatch.setenv('PAUSE', '.15')
@@ -198,9 +204,14 @@ def test_outages_are_asked_again(whole, tmp_path):
 
 
 def test_server_run(tmp_path, monkeypatch):
-    "Against a failing server: 401 stops with the answers so far kept, failures are pending, then all are heard; the key is in no file."
+    """Against a failing server: 401 stops with the answers so far kept, failures are pending,
+    then all are heard; the key is in no file.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
-    right = lambda request: f'{guess(None, request.text)}.'
+
+    def right(request):
+        return f'{guess(None, request.text)}.'
+
     with FakeServer([right] * 5, default=Status(401)) as server:
 
         def run():
@@ -235,18 +246,21 @@ def test_server_run(tmp_path, monkeypatch):
 
 def test_another_run(tmp_path):
     "Settings, content, rows or keys that do not fit are refused, and the folder stays as it was."
-    run = lambda **kw: run_rows(
-        **{
-            **dict(
-                adapter=CallableAdapter(guess),
-                rows=rows(),
-                folder=tmp_path / 'r',
-                content='c1',
-                progress=False,
-            ),
-            **kw,
-        }
-    )
+
+    def run(**kw):
+        return run_rows(
+            **{
+                **dict(
+                    adapter=CallableAdapter(guess),
+                    rows=rows(),
+                    folder=tmp_path / 'r',
+                    content='c1',
+                    progress=False,
+                ),
+                **kw,
+            }
+        )
+
     run()
     before = results(tmp_path / 'r')
     for match, kw in {
@@ -265,7 +279,10 @@ def test_another_run(tmp_path):
 def test_changed_code(data, tmp_path, monkeypatch, capsys):
     "Replies given before a change of code are refused by module, and kept when the user says so."
     source, changed = identity.module_source, []
-    change = lambda m: source(m) + '\nadded = 1' if m in changed else source(m)
+
+    def change(m):
+        return source(m) + '\nadded = 1' if m in changed else source(m)
+
     monkeypatch.setattr(identity, 'module_source', change)
     assert main(command(data, tmp_path)) == 0
     changed.append('scoring')  # decides no reply
@@ -284,9 +301,10 @@ def test_changed_code(data, tmp_path, monkeypatch, capsys):
 
 def test_run_without_identity(tmp_path):
     "A run of an earlier version holds no identity: its replies are kept when the user says so."
-    run = lambda **kw: run_rows(
-        CallableAdapter(guess), rows(), tmp_path / 'r', progress=False, **kw
-    )
+
+    def run(**kw):
+        return run_rows(CallableAdapter(guess), rows(), tmp_path / 'r', progress=False, **kw)
+
     note = json.loads((run() / 'run.json').read_text(encoding='utf-8'))
     del note['made_from']
     (tmp_path / 'r' / 'run.json').write_text(json.dumps(note), encoding='utf-8')
@@ -367,7 +385,9 @@ def test_unheard_is_unknown(tmp_path):
 
 
 def test_several_models(tmp_path):
-    "Models stand one above the other; averages are over benchmarks, not rows; other benchmarks are refused."
+    """Models stand one above the other; averages are over benchmarks, not rows; other
+    benchmarks are refused.
+    """
     data = rows(6) + rows(2, benchmark='c')
 
     def never(picture, prompt):
@@ -597,9 +617,12 @@ INTERRUPTED = [sys.executable, '-m', 'clear_nb.cli', 'bench', '--data']
 
 def stopped(args, ready, **env):  # status and standard error after Ctrl-C
     "Run a command until `ready` says so, then interrupt it."
-    listens = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # also where the tests were started in the background, which ignores it
+
+    def listens():
+        return signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # also where the tests were started in the background, which ignores it
+
     p = subprocess.Popen(
         args,
         stderr=subprocess.PIPE,
@@ -731,7 +754,9 @@ def test_command_refusals(data, tmp_path, more, sentence, capsys):
 
 
 def test_command_chooses(tmp_path, capsys):
-    "A severity that no row has is refused with those that there are; a choice on a finished run is said, and the report stays whole."
+    """A severity that no row has is refused with those that there are; a choice on a finished
+    run is said, and the report stays whole.
+    """
     file = write_tsv(
         tmp_path / 'MMStar.tsv', [dict(GOOD, index=k, image=code(k)) for k in range(4)]
     )
@@ -763,7 +788,9 @@ def test_command_chooses(tmp_path, capsys):
     ],
 )
 def test_command_settings_of_a_server(data, tmp_path, setting, sentence, capsys):
-    "What the server would not take stops the command before the folder is made; the corrected command runs."
+    """What the server would not take stops the command before the folder is made; the corrected
+    command runs.
+    """
     with FakeServer(default='A') as server:
         model = ['--model', f'server:m@{server.url}', '--limit', '1']
         assert main(command(data, tmp_path, *model, '--set', setting)) == 2
@@ -928,7 +955,9 @@ def report(tmp_path, name='bench', out='run'):
 
 
 def test_released_files(released, tmp_path, capsys):
-    "Name, rolls, pointers, pairs and missing-looking options; MM-Vet waits for a judge instead of being scored as 0."
+    """Name, rolls, pointers, pairs and missing-looking options; MM-Vet waits for a judge
+    instead of being scored as 0.
+    """
     assert bench(tmp_path, released) == 1
     t = report(tmp_path).set_index(['benchmark', 'severity'])
     assert set(t.index) == {
@@ -977,7 +1006,9 @@ def test_released_files(released, tmp_path, capsys):
 
 
 def test_judged_and_compared(released, tmp_path, monkeypatch, capsys):
-    "With a judge MM-Vet has grades; comparing runs asks neither a model nor the judge again, and says how sure the difference is."
+    """With a judge MM-Vet has grades; comparing runs asks neither a model nor the judge again,
+    and says how sure the difference is.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'x')
     vet = released[3:]
     with FakeServer(
@@ -1023,7 +1054,9 @@ def test_judged_and_compared(released, tmp_path, monkeypatch, capsys):
 
 
 def test_compared_in_order(tmp_path, capsys):
-    "Pairs as the runs are named, each line once; a folder named twice, a report inside a run and other data are refused; compare says which command goes on."
+    """Pairs as the runs are named, each line once; a folder named twice, a report inside a run
+    and other data are refused; compare says which command goes on.
+    """
 
     def shy(picture, prompt):
         if 'it 1' in prompt:
@@ -1045,12 +1078,10 @@ def test_compared_in_order(tmp_path, capsys):
     assert [l.split(' | ')[0] for l in said.out.splitlines()[2:8]] == [
         f'| {p}' for p in ('z − m', 'z − a', 'm − a') for _ in 'cl'
     ]
-    assert (
-        'AVG' not in said.out
-        and f'2 rows are pending; compare asks nothing, so run the command of {tmp_path / "a"} again; the most frequent reason (2 rows): OSError: off'
-        in said.err
-        and 'same command' not in said.err
-    )
+    again = f'compare asks nothing, so run the command of {tmp_path / "a"} again'
+    reason = 'the most frequent reason (2 rows): OSError: off'
+    assert f'2 rows are pending; {again}; {reason}' in said.err
+    assert 'AVG' not in said.out and 'same command' not in said.err
     assert (
         report(tmp_path, out='o').model.drop_duplicates().tolist() == ['z', 'm', 'a']
         and (tmp_path / 'o' / 'bench.md').read_text().count('AVG') == 1
@@ -1080,17 +1111,20 @@ def test_compared_in_order(tmp_path, capsys):
 
 def test_clean_and_corrupted_files(tmp_path):
     "With the clean file beside the corrupted ones the report has the drop, on the same questions."
-    lines = lambda right: [
-        dict(
-            index=k,
-            image=code(k),
-            question=f'Please say {"A" if k < right else "B"}?',
-            A='x',
-            B='y',
-            answer='A',
-        )
-        for k in range(8)
-    ]
+
+    def lines(right):
+        return [
+            dict(
+                index=k,
+                image=code(k),
+                question=f'Please say {"A" if k < right else "B"}?',
+                A='x',
+                B='y',
+                answer='A',
+            )
+            for k in range(8)
+        ]
+
     files = [
         write_tsv(tmp_path / f'MMStar{suffix}.tsv', lines(right))
         for suffix, right in (('', 6), ('_LOW_LEVEL_LOW', 5), ('_LOW_LEVEL_HIGH', 2))
@@ -1126,7 +1160,9 @@ FAULTS = {
 
 @pytest.mark.parametrize('reason', FAULTS)
 def test_faulty_row(tmp_path, reason, capsys):
-    "Not asked, not replaced: row and reason in the report, counted in text and summary; the other rows have their scores."
+    """Not asked, not replaced: row and reason in the report, counted in text and summary; the
+    other rows have their scores.
+    """
     lines = [dict(GOOD, index=k, image=code(k)) for k in range(3)] + [
         dict(GOOD, index=9, image=code(9)) | FAULTS[reason]
     ]
@@ -1244,7 +1280,9 @@ def over_server(tmp_path, server, *more):
     'name', list(FAILURES)[:7]
 )  # two kinds of nonsense; the judge sees them all
 def test_bad_server(tmp_path, name, hasty, monkeypatch, capsys):
-    "The row that a server never answers is pending, with its reason in the report; the next call asks that row alone."
+    """The row that a server never answers is pending, with its reason in the report; the next
+    call asks that row alone.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
     with FakeServer(default=lambda r: FAILURES[name] if 'bad' in r.text else 'A') as server:
         assert over_server(tmp_path, server) == 1 and Counter(
@@ -1270,7 +1308,9 @@ def test_bad_server(tmp_path, name, hasty, monkeypatch, capsys):
 
 
 def test_every_failure_at_once(tmp_path, hasty):
-    "429, 500, time-outs, lost connections and nonsense between the answers: nothing lost, nothing counted twice."
+    """429, 500, time-outs, lost connections and nonsense between the answers: nothing lost,
+    nothing counted twice.
+    """
     script = [x for k, f in enumerate(FAILURES.values()) for x in ([f, 'A'] if k % 2 else [f])]
     with FakeServer(script, default='A') as server:
         assert over_server(tmp_path, server, '--set', 'tries=20', 'timeout=0.4', 'workers=3') == 0
@@ -1285,7 +1325,9 @@ def test_every_failure_at_once(tmp_path, hasty):
 
 @pytest.mark.parametrize('status', [401, 404])
 def test_refusing_server(tmp_path, status, monkeypatch, capsys):
-    "One sentence, status 2; what was answered before is kept, and only the rest is asked when the key is right."
+    """One sentence, status 2; what was answered before is kept, and only the rest is asked when
+    the key is right.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-of-the-bench')
     with FakeServer(['A'] * 4, default=Status(status, 'no sk-of-the-bench')) as server:
         assert over_server(tmp_path, server, '--set', 'workers=1') == 2
@@ -1305,7 +1347,9 @@ def test_refusing_server(tmp_path, status, monkeypatch, capsys):
 
 
 def test_tiny_model_on_scenes(tmp_path, capsys):
-    "In the words of its own questions the tiny model answers, from a folder and from a TSV; in others the command says that it cannot be read."
+    """In the words of its own questions the tiny model answers, from a folder and from a TSV;
+    in others the command says that it cannot be read.
+    """
     bench_files.build_files(
         from_scenes('mmstar', 12),
         tmp_path / 'built',
@@ -1343,7 +1387,9 @@ def test_tiny_model_on_scenes(tmp_path, capsys):
 
 
 def test_hugging_face_end_to_end(tmp_path, capsys):
-    "A model that nobody here trained, offline: built benchmark, folder of the model, one command, report; again with nothing to ask."
+    """A model that nobody here trained, offline: built benchmark, folder of the model, one
+    command, report; again with nothing to ask.
+    """
     bench_files.build_files(
         from_scenes('mmbench', 2),
         tmp_path / 'built',
@@ -1380,7 +1426,9 @@ def test_hugging_face_end_to_end(tmp_path, capsys):
 
 
 def test_real_text_reader(tmp_path):
-    "A published reader that brings its weights, on signs of the scene world: most words are read, hardly any behind heavy blur, and the report says how sure the drop is."
+    """A published reader that brings its weights, on signs of the scene world: most words are
+    read, hardly any behind heavy blur, and the report says how sure the drop is.
+    """
     reader = pytest.importorskip(
         'rapidocr_onnxruntime', reason='optional: pip install rapidocr-onnxruntime'
     ).RapidOCR(intra_op_num_threads=1)

@@ -63,7 +63,9 @@ def counted(f):
 
 @torch.no_grad()
 def test_operations_of_the_floors():
-    "The formulas against PyTorch's count; what they leave out (connector, time embedding, text around a picture) is small."
+    """The formulas against PyTorch's count; what they leave out (connector, time embedding,
+    text around a picture) is small.
+    """
     a = floors.arguments(QUICK)
     model, one = floors.build('tiny', 'cpu', torch.float32), dict(matrix=1.0, bandwidth=1e30)
     z, ask, n, new = floors.context_of(model, a)
@@ -87,7 +89,9 @@ def test_bytes_of_the_floors():
 
 
 def test_true_shape():
-    "The shape '7b' is preset paper's: 7.6 billion numbers are read for a token, text head included, and 6.5 for a latent token."
+    """The shape '7b' is preset paper's: 7.6 billion numbers are read for a token, text head
+    included, and 6.5 for a latent token.
+    """
     model = floors.meta_model(floors.config('7b'), dtype=torch.bfloat16)
     assert floors.weights(model, True) / 1e9 == pytest.approx(6.525, abs=0.01) and floors.weights(
         model, False
@@ -105,7 +109,9 @@ def test_generation(threads):
 
 
 def test_packing(threads, tmp_path):
-    """Shared rows have less padding and the same loss, which the benchmark checks itself; blocks hold at least what is visible."""
+    """Shared rows have less padding and the same loss, which the benchmark checks itself;
+    blocks hold at least what is visible.
+    """
     found = packing.main(
         [
             '--shapes',

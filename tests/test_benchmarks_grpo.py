@@ -1,4 +1,6 @@
-"""The benchmark of stage 3 runs, its slow loops make the trajectories of the batch, and its memory child counts the cache."""
+"""The benchmark of stage 3 runs, its slow loops make the trajectories of the batch, and its
+memory child counts the cache.
+"""
 
 import json
 import sys
@@ -30,7 +32,9 @@ def often():
 
 
 def test_main(threads, tmp_path):
-    """Every comparison at the smallest settings, and the record of it; memory is measured in child processes."""
+    """Every comparison at the smallest settings, and the record of it; memory is measured in
+    child processes.
+    """
     out = bench.main([*SMALL, '--groups', '1', '2', '--out', str(tmp_path / 'grpo.json')])['tiny']
     r, m = out['rollouts'], out['memory']
     assert r['trajectories'] == 12 and all(r[k]['median'] > 0 for k in ('rebuilt', 'copied'))
@@ -47,7 +51,9 @@ def test_main(threads, tmp_path):
 
 @pytest.mark.parametrize('make', [bench.Rebuilt, bench.Copied])
 def test_one_by_one_makes_the_batch(often, make):
-    """With a cache made anew for every token, and with one copied for every token: tokens, log-probabilities and denoising states of the batch, for direct and restoring rows."""
+    """With a cache made anew for every token, and with one copied for every token: tokens,
+    log-probabilities and denoising states of the batch, for direct and restoring rows.
+    """
     model, z = often
     s = bench.sampling(bench.arguments(SMALL))
     rolls = generate(model, bench.questions(model, z, 2), s, bench.SEED, 6)
@@ -72,7 +78,9 @@ def test_difference_is_noticed(often):
 
 
 def test_few_stand_for_many():
-    """The trajectories that are timed: of median length, direct and restoring apart, with how many they stand for."""
+    """The trajectories that are timed: of median length, direct and restoring apart, with how
+    many they stand for.
+    """
 
     class Roll:
         def __init__(self, n, restored):
@@ -85,7 +93,9 @@ def test_few_stand_for_many():
 
 
 def test_forced_tokens(often):
-    """The memory child needs equal lengths: every member says the full length, restores once, and never ends by itself."""
+    """The memory child needs equal lengths: every member says the full length, restores once,
+    and never ends by itself.
+    """
     model, z = bench.world('tiny', chance=0.0)
     s = bench.sampling(bench.arguments(SMALL))
     model.language_model.lm_head.forced = (
@@ -101,7 +111,9 @@ def test_forced_tokens(often):
 
 
 def test_flow_term_adds_work(often):
-    """With λ = 0 no noised latent is packed and the generator's output layer gets no gradient; with λ > 0 it does."""
+    """With λ = 0 no noised latent is packed and the generator's output layer gets no gradient;
+    with λ > 0 it does.
+    """
     model, z = often
     s = bench.sampling(bench.arguments(SMALL))
     rolls = generate(model, bench.questions(model, z, 1), s, bench.SEED, 6)

@@ -1,4 +1,6 @@
-"""Core, presets and records: paths, generators, atomic files, bars, numbers of a run and what it leaves."""
+"""Core, presets and records: paths, generators, atomic files, bars, numbers of a run and what
+it leaves.
+"""
 
 import json
 import os
@@ -339,7 +341,9 @@ def test_file_hash(tmp_path):
 
 
 def test_find_stage(tmp_path, monkeypatch):
-    """A run's own weights win over the shipped ones; what a stage keeps beside them does not count."""
+    """A run's own weights win over the shipped ones; what a stage keeps beside them does not
+    count.
+    """
     monkeypatch.setattr(core.PATHS, 'runs', tmp_path / 'runs')
     monkeypatch.setattr(core.PATHS, 'checkpoints', tmp_path / 'shipped')
     (tmp_path / 'runs' / 'tiny' / 'seed0' / 'sft_state.pt').mkdir(parents=True)
@@ -437,7 +441,9 @@ def test_unfinished_records_are_not_read(tmp_path):
 
 
 def test_shipped_stages_are_those_of_one_seed(tmp_path, monkeypatch):
-    """The shipped base serves every seed; the trained stages that ship are seed 0's, and another seed does not borrow them."""
+    """The shipped base serves every seed; the trained stages that ship are seed 0's, and
+    another seed does not borrow them.
+    """
     monkeypatch.setattr(core.PATHS, 'runs', tmp_path / 'runs')
     for stage in ('base', 'sft'):
         assert find_stage('tiny', 0, stage) == ROOT / 'checkpoints' / 'tiny' / stage

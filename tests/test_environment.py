@@ -24,7 +24,9 @@ SETTINGS.read(ROOT / 'settings.ini')
 
 
 def test_conda_equals_pip():
-    """The pip section of environment.yml repeats the dependencies and the extras that `make env` installs, in order."""
+    """The pip section of environment.yml repeats the dependencies and the extras that `make
+    env` installs, in order.
+    """
     own = f'{PROJECT["name"]}['
     extras = [d for d in EXTRAS['dev'] if d.startswith(own)]
     assert extras == [f'{own}notebooks,perceptual]']
@@ -95,7 +97,9 @@ def test_core_names_no_notebook_packages():
 
 
 def test_benchmark_needs_no_notebooks(tmp_path):
-    """`bench`, `answer` and `bench_files` work where JupyterLab, nbdev, papermill and pyiqa are not installed."""
+    """`bench`, `answer` and `bench_files` work where JupyterLab, nbdev, papermill and pyiqa are
+    not installed.
+    """
     image = base64.b64encode(picture()).decode()
     lines = [f'{k}\tIs it {k}?\tno\tyes\t{"AB"[k % 2]}\t{image}' for k in range(6)]
     rows = tmp_path / 'MMStar.tsv'
@@ -125,7 +129,9 @@ def test_blocked_packages_are_missed(name):
 
 
 def test_one_opencv():
-    """One distribution brings cv2; the empty stand-in for the other has the version that facexlib may get."""
+    """One distribution brings cv2; the empty stand-in for the other has the version that
+    facexlib may get.
+    """
     stand_in = tomllib.loads((STAND_IN / 'pyproject.toml').read_text())
     bound = next(d for d in EXTRAS['perceptual'] if d.startswith('opencv-python'))
     assert bound == 'opencv-python>=4.14,<5' and stand_in['project']['version'] == '4.14'

@@ -712,7 +712,8 @@ from safetensors.torch import save_file
 from test_train import toy
 
 def child(rank, name, die, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
     ranks, (net, loss) = ranks_of(accelerator('no')), toy()
     torch.nn.init.zeros_(net.bias)
     ranks.wrap(net)
@@ -969,7 +970,9 @@ def equal(built, out):
 
 
 def goes_on_building(s, out, before=0):
-    """Build again in peace: the same files, and no reply that is kept is asked for; `before`: replies there."""
+    """Build again in peace: the same files, and no reply that is kept is asked for; `before`:
+    replies there.
+    """
     built = s.get('built')
     with FakeServer(default=quick()) as annotator:
         make(s.get('source'), annotator, out)
@@ -1369,7 +1372,9 @@ def judge_line(s):
 
 @lru_cache
 def stage3():
-    """A fresh model with questions, its weights, and a preset of 2 questions with 4 trajectories."""
+    """A fresh model with questions, its weights, and a preset of 2 questions with 4
+    trajectories.
+    """
     p = preset(prompts=2, steps=2, max_new_tokens=4, denoise_steps=3, policy='always')
     model = new_model(p, 0, 50)
     return (
@@ -1388,7 +1393,9 @@ def fresh():
 
 
 def speak(s):
-    """An untrained model says nothing that could be judged; now its trajectories say a number that depends on their tokens."""
+    """An untrained model says nothing that could be judged; now its trajectories say a number
+    that depends on their tokens.
+    """
     plain = grpo.rewards_of_rollouts
 
     def judged(rolls, ask, judge, *a):
@@ -1417,7 +1424,9 @@ def score(request):
 
 
 def learn(server, **how):
-    """Stage 3 from the start or from its state, with a judge behind a server; the weights at the end."""
+    """Stage 3 from the start or from its state, with a judge behind a server; the weights at
+    the end.
+    """
     p, model, items = fresh()
     p = load_preset('smoke', **{**p.overrides, 'train.save_seconds': 0.0})
     grpo.train_grpo(

@@ -89,7 +89,9 @@ def test_the_first_that_meets_the_rule(model, rows, given, want):
 
 
 def test_pictures_are_those_of_the_question(model, rows):
-    """The stored degraded and clean pictures are the benchmark's, bit by bit; the restored one is the decoded latent."""
+    """The stored degraded and clean pictures are the benchmark's, bit by bit; the restored one
+    is the decoded latent.
+    """
     picked, _ = ga.choose(rows, answers((0, 0, 0, 0), restored=(0, 0, 1, 1)), model)
     shown = {k: ga.text_picture(t) for k, t in picked['failed']['pictures'].items()}
     assert np.array_equal(shown['degraded'], rows[2].seen.pixels()) and np.array_equal(
@@ -100,7 +102,9 @@ def test_pictures_are_those_of_the_question(model, rows):
 
 
 def test_a_page_needs_only_the_record(model, rows, tmp_path):
-    """Drawn from what was written and read again, the page is the same file; small enough to commit."""
+    """Drawn from what was written and read again, the page is the same file; small enough to
+    commit.
+    """
     found = metrics(ga.choose(rows, answers((1, 0, 0, 0), never=(0, 1, 0, 0)), model))
     path = write_record('05_gallery', found, SMOKE, 0, root=tmp_path)
     (record,) = read_records('smoke', '05_gallery', '', tmp_path)

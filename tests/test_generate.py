@@ -1,4 +1,6 @@
-"""Generation in a cache equals one packed pass over what was generated; batches, groups and policies change nothing else."""
+"""Generation in a cache equals one packed pass over what was generated; batches, groups and
+policies change nothing else.
+"""
 
 import copy
 import itertools
@@ -72,7 +74,9 @@ def asked(model, n=2, **size):
 
 
 def replay(rollout, mode='bridge', model=None, step=None):
-    "The segments of a recorded trajectory; with `step`, the state of that denoising step stands where it was denoised."
+    """The segments of a recorded trajectory; with `step`, the state of that denoising step
+    stands where it was denoised.
+    """
     out = list(rollout.prompt)
     for i, turn in enumerate(rollout.turns):
         out.append(TextSegment(tuple(turn.ids), loss=True, eos_loss=turn.ended))
@@ -85,7 +89,9 @@ def replay(rollout, mode='bridge', model=None, step=None):
 
 
 def scored(model, rollouts, temperature=1.0, banned=lambda turn: (), **kw):
-    "Log-probability of every action from one packed pass, with the bans that were in force in each turn."
+    """Log-probability of every action from one packed pass, with the bans that were in force in
+    each turn.
+    """
     h = model(pack([replay(r, model=model, **kw) for r in rollouts], model.shape))
     logits = model.logits(h, h.packed.ce_at) / temperature
     turns = [k for r in rollouts for k in range(len(r.turns))]
@@ -160,7 +166,9 @@ def test_greedy_restored():
 @pytest.mark.parametrize('tags', [('</think>',), ('</think>', '</think', '><', 'ans', '<im')])
 @pytest.mark.parametrize('policy, follows', [('direct', '<answer>'), ('always', MARKER)])
 def test_behind_the_thought(tags, policy, follows):
-    "However the tags are cut into tokens, what the policy asks for stands directly behind the first thought, and the ids spell it."
+    """However the tags are cut into tokens, what the policy asks for stands directly behind the
+    first thought, and the ids spell it.
+    """
     model = talker(8, tokenizer=byte_tokenizer(tags))
     model.language_model.lm_head.weight[260 : 260 + len(tags)] *= (
         12.0  # </think> and its parts are said often
@@ -203,7 +211,9 @@ def test_behind_the_thought(tags, policy, follows):
 
 
 def test_no_ban_in_force():
-    "Tags spelled in bytes: the marker is fifteen tokens, never begins, and recorded numbers equal plain ones."
+    """Tags spelled in bytes: the marker is fifteen tokens, never begins, and recorded numbers
+    equal plain ones.
+    """
     model = talker(2, tokenizer=byte_tokenizer(tags=()))
     rolls = generate(model, asked(model), Sampling(max_new=12, policy='never'))
     close(scored(model, rolls), drawn(rolls))
@@ -211,7 +221,9 @@ def test_no_ban_in_force():
 
 @pytest.mark.parametrize('mode', RETURN_MODES)
 def test_sampled_with_two_restorations(mode):
-    "Sampled text, up to two restorations, every way to return the picture; texts end by marker, end token and limit."
+    """Sampled text, up to two restorations, every way to return the picture; texts end by
+    marker, end token and limit.
+    """
     model = talker(7, marker=8.0, end=5.0)
     s = Sampling(max_new=5, temperature=0.9, steps=3, mode=mode, record=True)
     rolls = generate(model, asked(model, 3), s, Noise('two'), group=6)
@@ -234,7 +246,9 @@ def test_sampled_with_two_restorations(mode):
 
 @pytest.mark.parametrize('sigma', [0.0, 0.3])
 def test_transition_means(sigma):
-    "At every time of the grid, last step included, the packed velocity gives the sampler's mean (hazards 7, 8)."
+    """At every time of the grid, last step included, the packed velocity gives the sampler's
+    mean (hazards 7, 8).
+    """
     model = talker(4, marker=8.0)
     s = Sampling(max_new=6, temperature=1.0, steps=6, sigma=sigma, max_restores=2, record=True)
     rolls = generate(model, asked(model), s, Noise('means'), group=4)
@@ -303,7 +317,9 @@ def test_low_precision_runs():
 
 @pytest.mark.parametrize('sigma', [0.0, 0.3])
 def test_batch_is_its_rows(sigma):
-    "Prompts of different length together and alone, groups together and member by member (hazard 10)."
+    """Prompts of different length together and alone, groups together and member by member
+    (hazard 10).
+    """
     model = talker(7, marker=8.0, end=5.0)
     s, ask = Sampling(max_new=8, temperature=1.0, steps=3, sigma=sigma), asked(model, 3)
     rolls = generate(model, ask, s, Noise('b'), group=4)
@@ -331,7 +347,9 @@ def test_greedy_batch_of_two():
 
 
 def test_finished_rows_are_left_behind(monkeypatch):
-    "Rows that end at different steps: the batch shrinks while it speaks, and texts, numbers and the whole cache are those of every row alone."
+    """Rows that end at different steps: the batch shrinks while it speaks, and texts, numbers
+    and the whole cache are those of every row alone.
+    """
     model, sizes, plain = talker(6, marker=4.0, end=6.0), [], clear_nb.decode.select_rows
     ask, u = asked(model, 3) * 4, torch.rand(12, 21, generator=torch_rng('u'))
 
@@ -395,7 +413,9 @@ TRAINED = dict(
 
 @pytest.mark.parametrize('mode', RETURN_MODES)
 def test_positions_equal_training(mode):
-    "Rotary positions and token counts of the cache are those of a training row with the noised copy in it (hazard 26)."
+    """Rotary positions and token counts of the cache are those of a training row with the
+    noised copy in it (hazard 26).
+    """
     model = talker(1)
     (z, image), texts = picture('seen'), [TextSegment((30, 31, 32)), TextSegment((40,))]
     cache = KVCache(model.mot.cfg, 1, 80)
@@ -425,7 +445,10 @@ def test_decode_leaves_the_text(how):
     "However a text ends, the cache holds bos, the recorded ids and eos."
     model = talker(6, end=9.0 if how == 'end' else 1.0)
     ask, u = asked(model), torch.rand(2, 21, generator=torch_rng('u', how))
-    fresh = lambda: KVCache(model.mot.cfg, 2, 80)
+
+    def fresh():
+        return KVCache(model.mot.cfg, 2, 80)
+
     cache, free = fresh(), fresh()
     prefill(model, cache, ask)
     prefill(model, free, ask)
@@ -451,7 +474,9 @@ def test_decode_leaves_the_text(how):
 
 
 def test_end_token_after_the_last_place(monkeypatch):
-    "A text of full length may still end by itself: the end token is then an action, any other token is not."
+    """A text of full length may still end by itself: the end token is then an action, any other
+    token is not.
+    """
     model, said = talker(6), iter([(30, 30), (30, 30), (1, 30)])
     monkeypatch.setattr(
         clear_nb.decode,
@@ -473,7 +498,9 @@ def decode_alone(model, u):
 
 
 def test_bans():
-    "A banned sequence is avoided wherever it begins, also across its own repetition, and nothing else changes before it."
+    """A banned sequence is avoided wherever it begins, also across its own repetition, and
+    nothing else changes before it.
+    """
     model, u = talker(6), torch.zeros(2, 16)
     free = decode_alone(model, u)[0].ids
     for seq in (free[:1], free[3:5], free[5:9]):
@@ -515,7 +542,9 @@ def saying(monkeypatch, *texts):
 
 
 def test_fused_marker(monkeypatch):
-    "The marker is found when its first sign hangs on the token before it, and `never` forbids every token that would end it."
+    """The marker is found when its first sign hangs on the token before it, and `never` forbids
+    every token that would end it.
+    """
     tok = fused_tokenizer()
     text = tok.encode('<think>a</think><image_restore>')
     assert (
@@ -534,7 +563,9 @@ def test_fused_marker(monkeypatch):
 
 
 def test_phrases_against_search():
-    "Random tokens: a phrase is said exactly when the joined text first holds it behind the last id, and `last` lists exactly the ids that do that."
+    """Random tokens: a phrase is said exactly when the joined text first holds it behind the
+    last id, and `last` lists exactly the ids that do that.
+    """
     tok = fused_tokenizer()
     pieces = {i: p for p, i in tok.get_vocab().items()}
     phrase, some, g = (
@@ -571,7 +602,10 @@ def test_policies():
     "Never restores, always restores, and the oracle's latent is what the second text reads."
     model = talker(1, marker=6.0)
     s, ask = Sampling(max_new=10, max_restores=1, steps=3), asked(model)
-    run = lambda policy, **kw: generate(model, ask, replace(s, policy=policy), **kw)
+
+    def run(policy, **kw):
+        return generate(model, ask, replace(s, policy=policy), **kw)
+
     assert not any(r.restorations for r in run('never')) and all(
         r.restorations for r in run('always')
     )
@@ -593,12 +627,17 @@ def test_without_a_latent():
 
 @pytest.mark.parametrize('mode', RETURN_MODES)
 def test_room_is_enough(mode, monkeypatch):
-    "Rows that write the marker as the last possible token of every text get through, and the reserve is no larger than one latent block."
+    """Rows that write the marker as the last possible token of every text get through, and the
+    reserve is no larger than one latent block.
+    """
     model, calls = talker(1), itertools.count()
-    word = lambda logits, *_: (
-        torch.full((len(logits),), MARK if next(calls) % 3 == 2 else 30),
-        torch.zeros(len(logits)),
-    )
+
+    def word(logits, *_):
+        return (
+            torch.full((len(logits),), MARK if next(calls) % 3 == 2 else 30),
+            torch.zeros(len(logits)),
+        )
+
     monkeypatch.setattr(clear_nb.decode, 'draw_tokens', word)
     ask, s = asked(model), Sampling(max_new=3, steps=2, mode=mode)
     rolls = generate(model, ask, s)
@@ -689,8 +728,13 @@ def naive_velocity(model, segments, x, t, shape):
 
 def naive_guide(v, v_text, v_image, g):
     "The formulas of the release, one number after the other."
-    scale = lambda u, v: min(max(float(v.norm() / (u.norm() + 1e-8)), g.renorm_min), 1.0)
-    each = lambda u: torch.stack([row * scale(row, ref) for row, ref in zip(u, v)])
+
+    def scale(u, v):
+        return min(max(float(v.norm() / (u.norm() + 1e-8)), g.renorm_min), 1.0)
+
+    def each(u):
+        return torch.stack([row * scale(row, ref) for row, ref in zip(u, v)])
+
     u = v_text + g.text * (v - v_text)
     if g.renorm == 'text_channel':
         u = each(u)
@@ -722,7 +766,9 @@ def naive_restore(model, segments, noise, g, steps, shift=3.0):
     ids=str,
 )
 def test_guided_restoration(g):
-    "One pass over joined caches with pictures of different size equals row by row, branch by branch, without a cache."
+    """One pass over joined caches with pictures of different size equals row by row, branch by
+    branch, without a cache.
+    """
     model = talker(4)
     ask = [
         [TextSegment((60, 61)), *p, TextSegment((70 + k,), loss=True)]
@@ -744,12 +790,15 @@ def test_guidance_matters():
     model = talker(4)
     ask = asked(model)
     cache, z = held(model, ask), Noise('z').normal([0, 1], 0, (4, 8, 8))
-    run = lambda g: torch.stack(
-        [
-            d.latent
-            for d in restore(model, cache, z, 6, guide=prefill_guidance(model, cache, ask, g))
-        ]
-    )
+
+    def run(g):
+        return torch.stack(
+            [
+                d.latent
+                for d in restore(model, cache, z, 6, guide=prefill_guidance(model, cache, ask, g))
+            ]
+        )
+
     free, base = run(None), run(EDIT)
     assert torch.equal(run(replace(EDIT, text=1.0)), free) and torch.equal(
         run(replace(EDIT, interval=(1.0, 2.0))), free
@@ -771,7 +820,9 @@ def test_guidance_matters():
 
 
 def test_branches_only_while_guided(monkeypatch):
-    "Further rows are computed in guided steps alone, and the image branch only for an image scale above 1."
+    """Further rows are computed in guided steps alone, and the image branch only for an image
+    scale above 1.
+    """
     model, rows = talker(4), []
     ask, call = asked(model), VelocityField.__call__
     cache, z = held(model, ask), Noise('z').normal([0, 1], 0, (4, 8, 8))
@@ -788,7 +839,9 @@ def test_branches_only_while_guided(monkeypatch):
 
 
 def test_mixed_sizes_are_rows():
-    "Pictures of different size in one batch equal each alone, with and without noise, also when a list is not needed."
+    """Pictures of different size in one batch equal each alone, with and without noise, also
+    when a list is not needed.
+    """
     model = talker(4)
     ask = uneven(model)
     z = [torch.randn(p[0].latent.shape, generator=torch_rng('m', k)) for k, p in enumerate(ask)]
@@ -815,7 +868,9 @@ def test_mixed_sizes_are_rows():
 
 @pytest.mark.parametrize('mode', RETURN_MODES)
 def test_guided_generation_is_its_rows(mode):
-    "Texts of different length and pictures of different size, two guided restorations: together and alone."
+    """Texts of different length and pictures of different size, two guided restorations:
+    together and alone.
+    """
     model = talker(7, marker=8.0, end=5.0)
     s = Sampling(
         max_new=6,
@@ -836,7 +891,9 @@ def test_guided_generation_is_its_rows(mode):
 
 @pytest.mark.parametrize('mode', RETURN_MODES)
 def test_contexts_of_a_second_restoration(mode):
-    "The first restoration lacks the question, the second only what was written after the first; the naive path agrees."
+    """The first restoration lacks the question, the second only what was written after the
+    first; the naive path agrees.
+    """
     model = talker(7, marker=8.0)
     g = Guidance(3.0, 1.5, (0.0, 1.0))
     r = next(
@@ -966,7 +1023,9 @@ def naive_decode(model, segments, u, temperature, top_p=1.0, vocab=None):
     [(0.0, 1.0, None), (1.0, 1.0, None), (0.8, 0.7, None), (1.0, 0.9, 100)],
 )
 def test_cache_against_whole_passes(temperature, top_p, vocab):
-    "Tokens and their log-probabilities from the cache, three rows of different length, equal those of whole passes."
+    """Tokens and their log-probabilities from the cache, three rows of different length, equal
+    those of whole passes.
+    """
     model = talker(6)
     ask, u = uneven(model), torch.rand(3, 13, generator=torch_rng('u'))
     cut = [FirstIds(vocab, model.language_model.lm_head.ids, 1)] if vocab else []

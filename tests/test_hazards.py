@@ -1,4 +1,6 @@
-"""The published stage 3 has eighteen known faults. One test each, named after its number, that fails when ours has it too."""
+"""The published stage 3 has eighteen known faults. One test each, named after its number, that
+fails when ours has it too.
+"""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -58,7 +60,9 @@ def spoken(toy, step=0, **options):
 
 @torch.no_grad()
 def rescored(model, rolls, cfg, k=None):
-    """Log-probabilities of a new forward pass, of texts and of step `k` of every restoration (None: drawn)."""
+    """Log-probabilities of a new forward pass, of texts and of step `k` of every restoration
+    (None: drawn).
+    """
     steps = (
         choose_steps(rolls, torch_rng('again'))
         if k is None
@@ -88,7 +92,9 @@ def kinds(rolls):
 
 @torch.no_grad()
 def cache_saw(model, segments, monkeypatch):
-    """What each token saw during generation: given pieces at once, generated texts token by token."""
+    """What each token saw during generation: given pieces at once, generated texts token by
+    token.
+    """
     rows, total, plain = [], token_count(segments, model.shape), type(model.mot).mask
 
     def spy(q, k):
@@ -112,7 +118,9 @@ def cache_saw(model, segments, monkeypatch):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_hazard_01_mask(toy, mode, monkeypatch):
-    """Direct, with one and with two restorations: every row sees itself and exactly what the cache saw; each split has one mode."""
+    """Direct, with one and with two restorations: every row sees itself and exactly what the
+    cache saw; each split has one mode.
+    """
     found = kinds(spoken(toy, mode=mode, max_restores=2)[0])
     assert set(found) == {0, 1, 2}
     for r in found.values():
@@ -139,7 +147,9 @@ def test_hazard_01_mask(toy, mode, monkeypatch):
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('mode', MODES)
 def test_hazard_02_context(toy, mode, policy):
-    """Training context = rollout context: text and denoising ratios are 1 ± 1e-4; the context of another mode is noticed."""
+    """Training context = rollout context: text and denoising ratios are 1 ± 1e-4; the context
+    of another mode is noticed.
+    """
     rolls, cfg = spoken(toy, mode=mode, policy=policy, max_restores=2)
     text, image, old = rescored(toy.model, rolls, cfg)
     assert ratio_gap(text, recorded_logp(rolls)) < 1e-4 and (
@@ -169,7 +179,9 @@ def test_hazard_03_noisy_state(rolled):
 
 
 def test_hazard_04_reference(rolled):
-    """Old and reference policy are two things: after an update the ratio and the KL to the reference both move; the reference does not."""
+    """Old and reference policy are two things: after an update the ratio and the KL to the
+    reference both move; the reference does not.
+    """
     o, ref, samples = replace(rolled.o, beta=0.04), reference(rolled.model), rolled.samples()
     before = {k: v.clone() for k, v in ref.state_dict().items()}
     opt = optimizer(rolled.model, 1e-3)
@@ -185,7 +197,9 @@ def test_hazard_04_reference(rolled):
 
 
 def test_hazard_05_sampled_ids(rolled):
-    """Ids that no tokenizer would choose are scored as they are; one action per id, an end action only where it was sampled."""
+    """Ids that no tokenizer would choose are scored as they are; one action per id, an end
+    action only where it was sampled.
+    """
     tok, r = rolled.model.tokenizer, kinds(rolled.rolls)[0]
     letters = tok.convert_tokens_to_ids(list('red'))
     assert tok.encode(tok.decode(letters), add_special_tokens=False) != letters
@@ -202,7 +216,9 @@ def test_hazard_05_sampled_ids(rolled):
 
 
 def test_hazard_06_vocabulary(toy, monkeypatch):
-    """A cut vocabulary and a ban hold for sampling and scoring alike, and the softmax is fp32 under autocast."""
+    """A cut vocabulary and a ban hold for sampling and scoring alike, and the softmax is fp32
+    under autocast.
+    """
     head, cut = (
         toy.model.language_model.lm_head,
         toy.model.tokenizer.convert_tokens_to_ids(MARKER),
@@ -236,7 +252,9 @@ def test_hazard_06_vocabulary(toy, monkeypatch):
 
 
 def test_hazard_07_scale():
-    """A shift of 0.1 σ in all D numbers: the mean's log-ratio is −0.005 and never clipped, the sum's is D times that and always."""
+    """A shift of 0.1 σ in all D numbers: the mean's log-ratio is −0.005 and never clipped, the
+    sum's is D times that and always.
+    """
     D, z = 64 * 16, torch.randn(200, 64 * 16, generator=torch_rng('scale'))
     for how, expected, clipped in (('mean', -0.005, 0.0), ('sum', -0.005 * D, 1.0)):
         d = flow.transition_logp(
@@ -257,7 +275,9 @@ def test_hazard_07_scale():
 
 
 def test_hazard_08_transition(toy):
-    """At every step of the grid, the last included, text and denoising ratios are 1 ± 1e-4 (sum over all numbers: 1e-3); every step is drawn."""
+    """At every step of the grid, the last included, text and denoising ratios are 1 ± 1e-4 (sum
+    over all numbers: 1e-3); every step is drawn.
+    """
     rolls, cfg = spoken(toy)
     for k in range(cfg.denoise_steps - 1):
         text, image, old = rescored(toy.model, rolls, cfg, k)
@@ -274,9 +294,13 @@ def test_hazard_08_transition(toy):
 
 @pytest.mark.parametrize('sigma', [0.0, 0.3, 1.0])
 def test_hazard_08_marginals(sigma):
-    """For Gaussian data the velocity is known: ODE and SDE have the exact mean and spread at every time."""
+    """For Gaussian data the velocity is known: ODE and SDE have the exact mean and spread at
+    every time.
+    """
     m, s = 0.5, 0.7
-    spread = lambda t: ((1 - t) ** 2 * s**2 + t**2) ** 0.5
+
+    def spread(t):
+        return ((1 - t) ** 2 * s**2 + t**2) ** 0.5
 
     def velocity(x, t):
         t = t[:, None]
@@ -293,7 +317,9 @@ def test_hazard_08_marginals(sigma):
 
 
 def test_hazard_09_other_restorations(toy):
-    """Two restorations: both ratios are 1, and the second is scored beside the first picture, not beside zeros."""
+    """Two restorations: both ratios are 1, and the second is scored beside the first picture,
+    not beside zeros.
+    """
     rolls, cfg = spoken(toy, max_restores=2)
     r = kinds(rolls)[2]
     steps = [[0, 1]]
@@ -320,7 +346,9 @@ def test_hazard_09_other_restorations(toy):
 
 
 def test_hazard_10_batch(rolled):
-    """A batch of two is two batches of one, in value and gradient, for a direct and a restored trajectory."""
+    """A batch of two is two batches of one, in value and gradient, for a direct and a restored
+    trajectory.
+    """
     pair = [
         next(s for s in rolled.samples() if len(s.rollout.restorations) == n and s.advantage)
         for n in (0, 1)
@@ -340,7 +368,9 @@ def test_hazard_10_batch(rolled):
 
 
 def test_hazard_11_latents(rolled):
-    """A picture encoded alone and among others of any size has the same latent, twice; rollout and update read the same tensor."""
+    """A picture encoded alone and among others of any size has the same latent, twice; rollout
+    and update read the same tensor.
+    """
     vae, images = (
         rolled.model.vae,
         [rolled.pool.image('seen', 0), torch.zeros(3, 32, 48), rolled.pool.image('seen', 1)],
@@ -371,7 +401,9 @@ def spoil(rolls, row):
 
 
 def test_hazard_12_nan(toy, monkeypatch):
-    """A value that is not finite stops the run before the update and names step and trajectory; a broken model names all of them."""
+    """A value that is not finite stops the run before the update and names step and trajectory;
+    a broken model names all of them.
+    """
     rolls, _ = spoken(toy)
     pick = {len(r.restorations): i for i, r in enumerate(rolls)}
     state = {k: v.clone() for k, v in toy.model.state_dict().items()}
@@ -430,7 +462,9 @@ def test_hazard_13_training_flag(rolled):
 
 
 def test_hazard_14_engine(rolled):
-    """The update goes through the module's own call, once per piece; lengths are bounded, and too long is an error."""
+    """The update goes through the module's own call, once per piece; lengths are bounded, and
+    too long is an error.
+    """
     calls, samples = [], rolled.samples()
     hook = rolled.model.register_forward_hook(lambda *a: calls.append(1))
     accumulate_gradients(rolled.model, samples, rolled.o, micro=4)
@@ -471,7 +505,9 @@ def remote(reply):
 
 
 def test_hazard_15_outage(rolled):
-    """Time-outs, refused keys and garbage are masked, never 0 and never 0.5; the rest of the group is judged as if alone."""
+    """Time-outs, refused keys and garbage are masked, never 0 and never 0.5; the rest of the
+    group is judged as if alone.
+    """
     restored = next(r for r in rolled.rolls if r.parsed.answer)
     question = Space(prompt='which', answer='red', options=())
     got = {k: score_rollout(restored, question, remote(k)) for k in REPLIES}
@@ -497,20 +533,28 @@ def test_hazard_15_outage(rolled):
     with pytest.raises(RuntimeError, match='none of 4'):
         reward_table([bad[-1]] * 4, 4)
     calls = iter(range(99))
-    judge = lambda q, said: [*bad, AnswerScore(float(said == 'red'))][next(calls) % 6]
+
+    def judge(q, said):
+        return [*bad, AnswerScore(float(said == 'red'))][next(calls) % 6]
+
     loss, logs = grpo_step(GrpoRun(rolled.model, rolled.pool, rolled.cfg, judge=judge), 0)
     assert 0 < logs['missing'] < 16 and torch.isfinite(loss)
 
 
 def test_hazard_16_order(rolled):
-    """Rewards are a function of one trajectory: any order, any company, either set of rules, and nothing is remembered."""
+    """Rewards are a function of one trajectory: any order, any company, either set of rules,
+    and nothing is remembered.
+    """
     question, judge = (
         Space(prompt='which', answer='red', options=()),
         lambda q, said: AnswerScore(float(said == q.answer)),
     )
     state = repr({k: v for k, v in vars(reward).items() if isinstance(v, (dict, list, set))})
     for name in reward.RULES_BY_NAME:
-        score = lambda r: score_rollout(r, question, judge, rules=name)
+
+        def score(r):
+            return score_rollout(r, question, judge, rules=name)
+
         alone = [score(r) for r in rolled.rolls]
         for seed in range(5):
             order = torch.randperm(16, generator=torch_rng('order', seed)).tolist()
@@ -540,7 +584,9 @@ TABLE = [  # texts, executed restorations, format, decision for a right answer '
 
 @pytest.mark.parametrize('texts,executed,fmt,dec', TABLE)
 def test_hazard_17_restored(texts, executed, fmt, dec):
-    """Format pays the grammar only; the decision reads what was carried out, not what was written."""
+    """Format pays the grammar only; the decision reads what was carried out, not what was
+    written.
+    """
     r = Space(texts=texts, parsed=parse(texts), restorations=[None] * executed)
     got = score_rollout(r, Space(prompt='which', answer='red', options=()))
     assert (got.fmt, got.dec) == (fmt, dec)
@@ -556,7 +602,9 @@ def test_hazard_17_executed(toy):
 
 
 def test_hazard_18_picture(rolled):
-    """No term looks at the picture: another latent, another size or none at all earns the same; a fault in a judge is raised."""
+    """No term looks at the picture: another latent, another size or none at all earns the same;
+    a fault in a judge is raised.
+    """
     question = Space(prompt='which', answer='red', options=())
     for r in rolled.rolls:
         earned = score_rollout(r, question)

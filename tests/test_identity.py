@@ -84,7 +84,9 @@ def test_every_constant_counts(module):
 
 @pytest.mark.parametrize('module', MODULES)
 def test_change_reaches_everything_above(module, monkeypatch):
-    """A change in a module changes the identity of each module that can reach it, and of no other."""
+    """A change in a module changes the identity of each module that can reach it, and of no
+    other.
+    """
     reach = {m: {m, *reached_modules(module_source(m))} for m in MODULES}
     before = {m: code_hashes(m) for m in MODULES}
     changed = module_source(module) + '\nadded = 1\n'
@@ -96,7 +98,9 @@ def test_change_reaches_everything_above(module, monkeypatch):
 
 
 def test_case_of_the_review(monkeypatch):
-    """One changed line in `core._seed` draws other scenes, so whatever draws scenes is another result."""
+    """One changed line in `core._seed` draws other scenes, so whatever draws scenes is another
+    result.
+    """
     source = module_source('core')
     line = "digest(), 'little'"
     assert source.count(line) == 1

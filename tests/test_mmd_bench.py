@@ -54,7 +54,9 @@ def answers(rows):
 
 @pytest.mark.parametrize('benchmark', mb.BENCHMARKS)
 def test_same_questions(benchmark, asked):
-    """The rows are the test split's questions, clean and corrupted, word for word; another seed gives others."""
+    """The rows are the test split's questions, clean and corrupted, word for word; another seed
+    gives others.
+    """
     items = (
         scenes.easy_vqa_benchmark(6, 0)
         if benchmark == 'easyvqa'
@@ -128,7 +130,9 @@ def test_rolls_and_pairs(asked):
 
 
 def test_full_design(asked):
-    """Every question under every corruption, one corruption after the other; the report averages over them."""
+    """Every question under every corruption, one corruption after the other; the report
+    averages over them.
+    """
     rows = asked('mmbench', 'low', 2, design='full')
     assert len(rows) == 2 * 4 * 16 and Counter(r.seen.corruption for r in rows) == dict.fromkeys(
         degrade.CORRUPTIONS, 8
@@ -206,7 +210,9 @@ def test_files(tmp_path):
 
 
 def test_changed_code_finds_no_old_pictures(tmp_path, monkeypatch):
-    """Code that draws or corrupts gives another folder; code that does neither, and remarks, do not."""
+    """Code that draws or corrupts gives another folder; code that does neither, and remarks, do
+    not.
+    """
     before, source = mb.corrupted_files('mmvet', 2, tmp_path), identity.module_source
     for module, more, other in (
         ('core', '\nadded = 1', True),
@@ -215,7 +221,10 @@ def test_changed_code_finds_no_old_pictures(tmp_path, monkeypatch):
         ('generate', '\nadded = 1', False),
     ):
         mb.corrupted_files.cache_clear()
-        change = lambda m: source(m) + more if m == module else source(m)
+
+        def change(m):
+            return source(m) + more if m == module else source(m)
+
         with monkeypatch.context() as patch:
             patch.setattr(identity, 'module_source', change)
             assert (mb.corrupted_files('mmvet', 2, tmp_path) != before) == other, module
@@ -248,7 +257,9 @@ def test_missing_rows_are_refused(tmp_path, monkeypatch):
 
 
 def test_reward_and_score_agree():
-    """What a model is trained to say is worth the same to both, right or wrong, for every question of every benchmark."""
+    """What a model is trained to say is worth the same to both, right or wrong, for every
+    question of every benchmark.
+    """
     for b in mb.BENCHMARKS:
         samples = mb.clean_samples(b, 24)
         words = {s.answer for s in samples} | set('ABCD')
@@ -260,10 +271,15 @@ def test_reward_and_score_agree():
 
 
 def test_every_answer_is_recognised(asked):
-    """Its own answer is right for every question of every benchmark, and so is the option's text; another letter is wrong."""
+    """Its own answer is right for every question of every benchmark, and so is the option's
+    text; another letter is wrong.
+    """
     for b in mb.BENCHMARKS:
         rows = asked(b, 'clean', 24)
-        ask = lambda said: result(rows, [said(r.seen) for r in rows], None)
+
+        def ask(said):
+            return result(rows, [said(r.seen) for r in rows], None)
+
         assert (
             set(ask(lambda s: s.answer)['correct'])
             == set(ask(lambda s: f' {s.answer}\n')['correct'])
@@ -275,7 +291,9 @@ def test_every_answer_is_recognised(asked):
 
 
 def test_circular_and_pairs(asked):
-    """One wrong roll costs the question; one wrong picture costs the pair, but only one question."""
+    """One wrong roll costs the question; one wrong picture costs the pair, but only one
+    question.
+    """
     rolls, pairs = asked('mmbench', 'clean', 3), asked('mmvp', 'clean', 6)
     for rows, want in ((rolls, '110'), (pairs, '111110')):
         said = answers(rows)
@@ -325,7 +343,9 @@ def test_batches(model, name, asked):
 @pytest.mark.parametrize('name', ['clear_sft', 'clear_rl', 'dec_rl', 'oracle', 'substitute'])
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 def test_batches_with_restorations(model, monkeypatch, name, precision, asked):
-    """The same holds when rows restore at different times; an untrained model is made to ask for it by its random numbers."""
+    """The same holds when rows restore at different times; an untrained model is made to ask
+    for it by its random numbers.
+    """
     marker, seen = model.tokenizer.convert_tokens_to_ids('<image_restore>'), []
 
     def draw(logits, u, temperature, top_p):
@@ -364,7 +384,9 @@ class Script:
 
 
 def test_what_the_generator_gets(model, monkeypatch, asked):
-    """Rows in order, the subject's inputs, policy and oracle latents; restorations become triggers."""
+    """Rows in order, the subject's inputs, policy and oracle latents; restorations become
+    triggers.
+    """
     rows = asked('cvbench', 'hard', 5)
     say = Script(
         lambda k: (
@@ -415,7 +437,9 @@ def test_direct_answers_need_no_tags(model, monkeypatch, asked):
 
 
 def test_pictures_restored_before(model, monkeypatch, asked):
-    """The model sees the restored picture in both of its inputs, and no other; the base that restores nothing sees the degraded one."""
+    """The model sees the restored picture in both of its inputs, and no other; the base that
+    restores nothing sees the degraded one.
+    """
     rows, seen = asked('mmvet', 'hard', 12), {}
     monkeypatch.setattr(ask, 'generate', say := Script(lambda k: ['1']))
     for name in ('base_both', 'restored_base', 'self_restored_base'):
@@ -513,7 +537,9 @@ def test_seeds_are_averaged():
 
 
 def test_resume(tmp_path, model, monkeypatch, capsys):
-    """A subject is skipped only for the same checkpoint, numbers and code; a missing checkpoint is said."""
+    """A subject is skipped only for the same checkpoint, numbers and code; a missing checkpoint
+    is said.
+    """
     path, preset = (
         model.save_pretrained(tmp_path / 'ck'),
         replace(PRESET, eval=replace(PRESET.eval, n=1, severities=('hard',))),
@@ -547,7 +573,10 @@ def test_resume(tmp_path, model, monkeypatch, capsys):
         model.save_pretrained(path)
         assert go() == 1
     source = identity.module_source
-    changed = lambda m: source(m) + '\nadded = 1' if m == 'mot' else source(m)
+
+    def changed(m):
+        return source(m) + '\nadded = 1' if m == 'mot' else source(m)
+
     monkeypatch.setattr(identity, 'module_source', changed)
     assert go() == 1 and 'asked anew, other code in mot' in capsys.readouterr().out
     monkeypatch.undo()
@@ -579,9 +608,12 @@ def test_replies_are_kept(tmp_path, model, folder, monkeypatch):
         return real(self, rows)
 
     monkeypatch.setattr(mb.SubjectAdapter, '__call__', count)
-    go = lambda: mb.evaluate_all(
-        few, 0, lambda *a: model, 'base', progress=False, root=tmp_path, folder=folder
-    )
+
+    def go():
+        return mb.evaluate_all(
+            few, 0, lambda *a: model, 'base', progress=False, root=tmp_path, folder=folder
+        )
+
     with pytest.raises(KeyboardInterrupt):
         go()
     monkeypatch.setattr(
@@ -593,7 +625,9 @@ def test_replies_are_kept(tmp_path, model, folder, monkeypatch):
 
 @pytest.mark.parametrize('benchmark', ['mmbench', 'realworldqa'])
 def test_bench_gives_the_recorded_numbers(benchmark, tmp_path, capsys):
-    """`clear-nb bench` gives the outcomes of `04_mmd_bench` for the same model and rows, to the bit."""
+    """`clear-nb bench` gives the outcomes of `04_mmd_bench` for the same model and rows, to the
+    bit.
+    """
     grpo, n = ROOT / 'checkpoints' / 'tiny' / 'grpo', 32 if benchmark == 'mmbench' else 128
     files = mb.corrupted_files(benchmark, n, tmp_path)  # the first batch of the record
     ask_grpo = ['bench', '--model', f'clear:{grpo}', '--severity', 'hard', '--set', 'device=cpu']

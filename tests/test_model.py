@@ -1,4 +1,6 @@
-"""The model room: one forward pass for every mixture of tokens, and checkpoints that fit or say why not."""
+"""The model room: one forward pass for every mixture of tokens, and checkpoints that fit or say
+why not.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -129,7 +131,9 @@ def close(a, b, tol=1e-4):
     [[2, 3], [0, 3], [1, 3], [0, 1, 2, 3], [4], [0, 4], [1, 4], [0, 1], [5, 7], [4, 5, 6, 7]],
 )
 def test_any_mixture_of_tokens(model, keep):
-    "A batch may lack text targets, ViT images, clean latents or noised latents; gradients then are zero or finite, never missing."
+    """A batch may lack text targets, ViT images, clean latents or noised latents; gradients
+    then are zero or finite, never missing.
+    """
     model = freeze(tiny_model(0), 'vae.')
     h = model(pack([[story()[k] for k in keep]], model.shape))
     (h.x.square().sum() + model.ce_terms(h).sum() + model.mse_terms(h).sum()).backward()
@@ -160,16 +164,21 @@ def test_samples_share_a_row(model):
 
 
 def test_branches_equal_rows(model):
-    "Three questions about one picture as branches equal three rows, each with its own copy of the picture."
+    """Three questions about one picture as branches equal three rows, each with its own copy of
+    the picture.
+    """
     (z, image), asked = picture('trunk'), [(30, 31), (32,), (33, 34, 35)]
-    tail = lambda q, b: [
-        TextSegment(q, branch=b),
-        TextSegment((40, q[0]), loss=True, branch=b),
-        LatentSegment(z, 0.3, z + 1, branch=b),
-        LatentSegment(z, branch=b),
-        Gap(b),
-        TextSegment((41,), loss=True, branch=b),
-    ]
+
+    def tail(q, b):
+        return [
+            TextSegment(q, branch=b),
+            TextSegment((40, q[0]), loss=True, branch=b),
+            LatentSegment(z, 0.3, z + 1, branch=b),
+            LatentSegment(z, branch=b),
+            Gap(b),
+            TextSegment((41,), loss=True, branch=b),
+        ]
+
     branched = [
         [
             LatentSegment(z),
@@ -232,7 +241,9 @@ def as_sdpa(model, f):
 @pytest.mark.filterwarnings('ignore:flex_attention called without')
 @torch.no_grad()
 def test_flex_attention(flex):
-    "Several samples in a row, padding, branches and noised latents: the block mask hides what the dense mask hides."
+    """Several samples in a row, padding, branches and noised latents: the block mask hides what
+    the dense mask hides.
+    """
     samples = [
         [
             *story(0),
@@ -274,7 +285,9 @@ def test_unknown_attention(model):
 
 
 def test_compiled_layers():
-    "Outputs and gradients of compiled layers, for batches of two sizes, are those of the layers as written."
+    """Outputs and gradients of compiled layers, for batches of two sizes, are those of the
+    layers as written.
+    """
     plain, quick = (freeze(tiny_model(0), 'vae.', 'vit_model.') for _ in range(2))
     quick.mot.compile_layers(backend='aot_eager')
     for samples in ([story()], [story(1, n=9), story(2, n=1)]):
@@ -296,7 +309,9 @@ DROPS = [dict(zip(('text', 'vit', 'vae'), [float(b) for b in f'{k:03b}'])) for k
 
 @pytest.mark.parametrize('drop', DROPS, ids=str)
 def test_layout_is_complete(model, drop):
-    "For every combination of dropped conditions: one mode per split, each token sees itself, the mask is the naive one (hazard 1)."
+    """For every combination of dropped conditions: one mode per split, each token sees itself,
+    the mask is the naive one (hazard 1).
+    """
     segments = drop_conditions(full := story(), rng('drop'), **drop)
     assert all(any(s is full[k] for s in segments) for k in (3, 4, 7))  # targets stay (hazard 20)
     p = pack([segments], model.shape)
@@ -318,7 +333,9 @@ def test_layout_is_complete(model, drop):
 
 
 def test_mask_is_what_the_cache_shows(model):
-    "Fed segment by segment, every token sees through the cache exactly the tokens it sees in the packed row (hazard 1)."
+    """Fed segment by segment, every token sees through the cache exactly the tokens it sees in
+    the packed row (hazard 1).
+    """
     segments = [s for s in story() if not (isinstance(s, LatentSegment) and s.noised)]
     whole = pack([segments], model.shape)
     mask, start, cache = visible(whole.layout, whole.layout)[0], 0, KVCache(model.mot.cfg, 1, 80)
@@ -467,7 +484,9 @@ def test_an_interrupted_save_leaves_nothing(tmp_path):
 
 
 def test_load_bagel(tmp_path):
-    "A folder in the published format, made of the golden weights: every tensor arrives, tables and token numbers are found."
+    """A folder in the published format, made of the golden weights: every tensor arrives,
+    tables and token numbers are found.
+    """
     c = json.loads((GOLDEN / 'config.json').read_text())
     v, a = c['vit_config'], c['vae_config']
     (tmp_path / 'llm_config.json').write_text(json.dumps(c['llm_config']))

@@ -252,7 +252,9 @@ CASES = {
 
 @pytest.mark.parametrize('case', CASES)
 def test_bad_folders(folder, case, monkeypatch, tmp_path):
-    "One sentence that says what, where and how to mend; no memory is taken for a model that cannot be filled."
+    """One sentence that says what, where and how to mend; no memory is taken for a model that
+    cannot be filled.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('clear_nb.model.materialise', lambda *a: pytest.fail('memory was taken'))
     CASES[case][0](folder)
@@ -421,7 +423,9 @@ def official_context(model, x, out):
 
 @torch.no_grad()
 def test_bf16_follows_the_official_code(halves):
-    "Keys, logits and the restored latent in bf16 are as close to the official fp32 run as the official bf16 run is; its greedy tokens are ours up to that distance."
+    """Keys, logits and the restored latent in bf16 are as close to the official fp32 run as the
+    official bf16 run is; its greedy tokens are ours up to that distance.
+    """
     half, full = halves
     meta, x, out = (
         json.loads((GOLDEN / 'infer_meta.json').read_text()),
@@ -464,7 +468,9 @@ def test_bf16_follows_the_official_code(halves):
 
 
 def test_norms_and_rope_compute_in_fp32(halves):
-    "Weights in bf16, arithmetic in fp32: one rounding at the end, and angular speeds never rounded."
+    """Weights in bf16, arithmetic in fp32: one rounding at the end, and angular speeds never
+    rounded.
+    """
     half, full = halves
     assert all(
         torch.equal(a, b) and a.dtype == torch.float32
@@ -482,7 +488,9 @@ def test_norms_and_rope_compute_in_fp32(halves):
 CHILD = """
 import sys, threading, torch
 from clear_nb.model import ClearModel
-def anon(): return next(int(line.split()[1])*1024 for line in open('/proc/self/status') if line.startswith('RssAnon')) # a memory map does not count
+def anon():  # a memory map does not count
+    lines = open('/proc/self/status')
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('RssAnon'))
 def watch():
     while not done.wait(.0005): peak[0] = max(peak[0], anon())
 for folder in sys.argv[1:]:
@@ -496,7 +504,9 @@ for folder in sys.argv[1:]:
 
 
 def watched(*folders):
-    "Peak of anonymous memory while each folder is opened in a fresh process, memory afterwards, size of the model; all in bytes."
+    """Peak of anonymous memory while each folder is opened in a fresh process, memory
+    afterwards, size of the model; all in bytes.
+    """
     env = dict(
         os.environ, PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_='1000000'
     )  # freed tensors go back to the system, so none is reused unseen
@@ -548,7 +558,9 @@ def lookalike(tokenizer):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs Linux to measure memory')
 def test_lookalike(tmp_path, capsys):
-    "300 M parameters, whole and in shards: equal logits and velocities, and little memory beside the model."
+    """300 M parameters, whole and in shards: equal logits and velocities, and little memory
+    beside the model.
+    """
     model = lookalike(byte_tokenizer())
     n, largest = (
         sum(p.numel() for p in model.parameters()),
@@ -589,7 +601,8 @@ def test_lookalike(tmp_path, capsys):
         )
         with capsys.disabled():
             print(
-                f'\n{folder.name}: {n / 1e6:.0f} M parameters in {files} files, model {own_mb} MiB, largest tensor {largest_mb} MiB, peak {peak_mb} MiB'
+                f'\n{folder.name}: {n / 1e6:.0f} M parameters in {files} files, '
+                f'model {own_mb} MiB, largest tensor {largest_mb} MiB, peak {peak_mb} MiB'
             )
         assert 2.5e8 < n < 3.5e8 and files == (1 if folder.name == 'whole' else 3)
         assert kept > 0.95 * own and peak - own <= 1.2 * largest
@@ -597,7 +610,9 @@ def test_lookalike(tmp_path, capsys):
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs Linux to measure memory')
 def test_memory_of_a_small_lookalike(tmp_path):
-    "The same measurement with one large tensor, opened in another number format than it is stored in."
+    """The same measurement with one large tensor, opened in another number format than it is
+    stored in.
+    """
     model = tiny_model(5, tokenizer=byte_tokenizer())
     llm = {**model.cfg.llm, 'vocab_size': 400_000}
     big = materialise(

@@ -196,7 +196,9 @@ def test_packing(model, case):
 
 @pytest.mark.parametrize('case', range(len(read('mask_cases'))))
 def test_mask(case):
-    "The naive mask equals the published one; the notebook shows that the predicate equals the naive one"
+    """The naive mask equals the published one; the notebook shows that the predicate equals the
+    naive one
+    """
     c = read('mask_cases')[case]
     want = torch.tensor(c['allowed']).bool()
     assert torch.equal(visible_naive(c['split_lens'], [MODES[m] for m in c['attn_modes']]), want)
@@ -348,7 +350,9 @@ def build(model, context, texts):
 
 
 def find_ids(model, value0, inside=slice(1, -1)):
-    "Token ids whose layer-0 values stand in a golden cache (layer-0 values do not depend on the context)"
+    """Token ids whose layer-0 values stand in a golden cache (layer-0 values do not depend on
+    the context)
+    """
     with torch.no_grad():
         layer = model.mot.layers[0]
         table = layer.self_attn.v_proj(layer.input_layernorm(model.mot.embed_tokens.weight))
@@ -487,7 +491,9 @@ def test_guided_image(model, context, name):
 
 
 def test_guidance_contexts(model, context):
-    "Lengths and rotary positions of the two further contexts; in the prompt they are its beginning and its texts"
+    """Lengths and rotary positions of the two further contexts; in the prompt they are its
+    beginning and its texts
+    """
     meta, segments = read('infer_meta'), golden_segments(model, context)
     assert guidance_contexts(segments) == (segments[:3], [segments[0], segments[3]])
     more = prefill_guidance(model, fresh(model, segments), [segments], Guidance(4.0, 2.0))
@@ -525,7 +531,9 @@ def test_batch_of_two(model):
 
 
 def test_bf16_text(model, context):
-    "Keys and logits under autocast stay as near to fp32 as the published casts do; tokens agree where they are not a near tie"
+    """Keys and logits under autocast stay as near to fp32 as the published casts do; tokens
+    agree where they are not a near tie
+    """
     out, spread, cast = (
         context[1],
         read('bf16_vs_fp32'),

@@ -26,7 +26,9 @@ def test_notebook(path, forks):
 
 
 def test_every_notebook_is_executed():
-    """A notebook is a chapter of the library, a stage of the pipeline, or one of the two for people."""
+    """A notebook is a chapter of the library, a stage of the pipeline, or one of the two for
+    people.
+    """
     assert [p.stem for p in FOR_PEOPLE] == ['09_explore', 'index']
     chain = [ROOT / 'nbs' / f'{name}.ipynb' for name in NOTEBOOK_ORDER]
     assert sorted([*LIB, *FOR_PEOPLE, *chain]) == NOTEBOOKS

@@ -1,4 +1,6 @@
-"""Trajectories that share rows are trained as if each had its own; the gradient goes when the step is done."""
+"""Trajectories that share rows are trained as if each had its own; the gradient goes when the
+step is done.
+"""
 
 import copy
 
@@ -28,19 +30,26 @@ BUDGET_IDS = ('longest', 'some', 'all')
 
 
 def batch():
-    """Restoring, direct and text-only trajectories, branches, noised latents and dropped images, of all lengths."""
+    """Restoring, direct and text-only trajectories, branches, noised latents and dropped
+    images, of all lengths.
+    """
     (z, image), z3 = picture('batch'), picture('batch', h=3, w=1)[0]
-    triple = lambda b: [
-        LatentSegment(z, 0.7, z + 1, branch=b),
-        LatentSegment(z - 0.1, branch=b),
-        VitSegment(image, branch=b),
-    ]
-    tail = lambda b: [
-        TextSegment((30, 31, 32), branch=b),
-        TextSegment((40, 41), loss=True, branch=b),
-        *triple(b),
-        TextSegment((42,), loss=True, branch=b),
-    ]
+
+    def triple(b):
+        return [
+            LatentSegment(z, 0.7, z + 1, branch=b),
+            LatentSegment(z - 0.1, branch=b),
+            VitSegment(image, branch=b),
+        ]
+
+    def tail(b):
+        return [
+            TextSegment((30, 31, 32), branch=b),
+            TextSegment((40, 41), loss=True, branch=b),
+            *triple(b),
+            TextSegment((42,), loss=True, branch=b),
+        ]
+
     return [
         story(0),
         [VitSegment(image), TextSegment((20,)), TextSegment((21, 22), loss=True)],
@@ -67,7 +76,9 @@ def batch():
 
 
 def outcome(budget, lambda_kl=0.1):
-    """Loss, its parts, the gradient as one vector, and the terms of every label and noised number."""
+    """Loss, its parts, the gradient as one vector, and the terms of every label and noised
+    number.
+    """
     model = freeze(tiny_model(0), 'vae.', 'vit_model.')
     model.row_tokens = budget
     loss, logs = sft_loss(model, batch(), 0.5, lambda_kl)
@@ -103,7 +114,9 @@ def test_losses_gradients_and_terms(budget):
 
 @pytest.mark.parametrize('budget', BUDGETS, ids=BUDGET_IDS)
 def test_layout(budget):
-    """Fewer places and rows, every token once, positions of each trajectory from 0, and no look at another one."""
+    """Fewer places and rows, every token once, positions of each trajectory from 0, and no look
+    at another one.
+    """
     samples, shape = batch(), tiny_model(0).shape
     sizes = [sum(tokens_of(s, shape) for s in segments) for segments in samples]
     rows, (apart, shared) = (
@@ -196,7 +209,9 @@ def test_preset(made, stage):
 
 
 def test_gradient_goes_after_the_step():
-    """No gradient is left for the next forward pass; the weights are those of an update that keeps it, bit for bit."""
+    """No gradient is left for the next forward pass; the weights are those of an update that
+    keeps it, bit for bit.
+    """
 
     def steps(f):
         net = torch.nn.Linear(3, 2)

@@ -181,9 +181,10 @@ def test_files_are_the_papers():
 
 def test_intervals():
     """Rounding of a mean, a difference, a sum and a count at their limits, on both sides."""
-    rounding = lambda printed, recomputed, **kw: paper._check('', '', printed, recomputed, **kw)[
-        'rounding'
-    ]
+
+    def rounding(printed, recomputed, **kw):
+        return paper._check('', '', printed, recomputed, **kw)['rounding']
+
     for sign in (1, -1):
         assert (
             rounding(10, 10 + sign * 0.0099, plus=1)
@@ -229,7 +230,10 @@ def test_counts(score, n, k):
 
 def test_counts_of_the_data():
     """Table 8's two pathways make its total; Table 7 has 16 corruptions in four categories."""
-    value = lambda name: paper_number(8, 'value', property=name)
+
+    def value(name):
+        return paper_number(8, 'value', property=name)
+
     assert value('direct_answer_samples') + value('generate_then_answer_samples') == value(
         'total_samples'
     )

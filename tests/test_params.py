@@ -21,7 +21,9 @@ def test_preset_loads(name):
 
 @pytest.mark.parametrize('name', preset_names())
 def test_every_value_quotes_its_source(name):
-    """Each line with a value has a comment that names the paper, the authors' script, BAGEL's release or our reason."""
+    """Each line with a value has a comment that names the paper, the authors' script, BAGEL's
+    release or our reason.
+    """
     for line in (PATHS.params / f'{name}.yaml').read_text().splitlines():
         if re.match(r'\s*[\w-]+:\s*[^\s#]', line):
             assert re.search(r'# (paper|authors|ours|BAGEL)\b.*\w', line), (

@@ -43,7 +43,9 @@ def photo(name, variant='clean'):
 
 @pytest.mark.parametrize('row', SCORES, ids=lambda r: f'{r["image"]}-{r["variant"]}')
 def test_published_scores(natural, row):
-    """The shipped parameters give what pyiqa gives with the published ones, up to rounding in 32 bits, which differs by processor (seen: BRISQUE 0.007, NIQE 0.0012)."""
+    """The shipped parameters give what pyiqa gives with the published ones, up to rounding in
+    32 bits, which differs by processor (seen: BRISQUE 0.007, NIQE 0.0012).
+    """
     x = photo(row['image'], row['variant'])
     assert natural['brisque'](x).item() == pytest.approx(float(row['brisque']), abs=2e-2)
     assert natural['niqe'](x).item() == pytest.approx(float(row['niqe']), abs=4e-3)
@@ -88,7 +90,9 @@ def weights():
 
 @pytest.mark.parametrize('name', ['m.pth', 'm.safetensors', 'parallel.pth'])
 def test_musiq_file(tmp_path, weights, name):
-    """Torch and safetensors files, also with the names of a parallel run, give the marks of their weights."""
+    """Torch and safetensors files, also with the names of a parallel run, give the marks of
+    their weights.
+    """
     path, prefix = tmp_path / name, 'module.' if name.startswith('parallel') else ''
     (save_file if name.endswith('safetensors') else torch.save)(
         {prefix + k: v for k, v in weights.items()}, path
@@ -108,7 +112,9 @@ class Evil:
 
 
 def test_musiq_wrong_files(tmp_path, weights, capsys):
-    """A missing file, a file of other weights and a file with code are named; the code does not run."""
+    """A missing file, a file of other weights and a file with code are named; the code does not
+    run.
+    """
     with pytest.raises(FileNotFoundError, match='no weight file at .*gone.pth'):
         pc.musiq(tmp_path / 'gone.pth')
     torch.save(
@@ -153,7 +159,9 @@ def test_musiq_without_network(tmp_path, monkeypatch):
 
 
 def test_musiq_fetched_file_has_the_pinned_hash(tmp_path, monkeypatch):
-    """A file that the network gave in place of the weights is refused by its hash, and named; the true one passes."""
+    """A file that the network gave in place of the weights is refused by its hash, and named;
+    the true one passes.
+    """
     from pyiqa.archs.musiq_arch import default_model_urls
     from pyiqa.utils import download_util
 
@@ -191,7 +199,9 @@ def records(analysis, smoke):
 
 
 def test_noise_is_that_of_the_picture(smoke):
-    """A state depends on its own picture and number, not on the batch it is in, nor on the stage."""
+    """A state depends on its own picture and number, not on the batch it is in, nor on the
+    stage.
+    """
     model = fresh(smoke, 0, 'sft').eval()
     p = make_picture_set(model, pc.degraded_scenes(3, 'hard'))
     z, ended = pc.restoration_states(model, p, smoke.eval, ('perceptual', 0, 'hard'), 4)
@@ -233,7 +243,9 @@ def test_every_input_has_both_states(analysis, smoke):
 
 
 def test_pairs(records):
-    """The difference is the paired bootstrap of the stored numbers; a picture without a score leaves both sides."""
+    """The difference is the paired bootstrap of the stored numbers; a picture without a score
+    leaves both sides.
+    """
     cells = {k: records[0]['metrics']['scores'][k]['hard'] for k in pc.COMPARED_STATES}
     a, b = (pc._numbers(cells[k]['niqe_scenes']) for k in pc.COMPARED_STATES)
     assert pc.metric_difference(records, 'hard', 'niqe_scenes') == pytest.approx(
@@ -306,7 +318,9 @@ def test_seeds_are_averaged_by_picture(records, analysis, smoke):
 
 
 def test_table4(records, tmp_path):
-    """Ours beside the paper's; what was not run, not asked or not reported says so, also in the files."""
+    """Ours beside the paper's; what was not run, not asked or not reported says so, also in the
+    files.
+    """
     table = pc.table4(records, scale='smoke').set_index('state')
     ours = {k: f'{m.head}, ours, smoke' for k, m in pc.METRICS.items()}
     paper = paper_table(4).set_index('state')

@@ -71,7 +71,9 @@ def text(path):
 
 
 def test_values_arrive(house):
-    """Preset, seed and extra values replace the defaults; the kernel works in the notebook's folder."""
+    """Preset, seed and extra values replace the defaults; the kernel works in the notebook's
+    folder.
+    """
     notebook(
         house / 'nbs' / '01_sft.ipynb',
         HEAD,
@@ -165,7 +167,9 @@ def test_up_to_date(house, capfd):
 
 
 def test_stamp_covers_what_goes_in(house):
-    """Code, preset, seed, parameters and the products of earlier stages; not outputs or later stages."""
+    """Code, preset, seed, parameters and the products of earlier stages; not outputs or later
+    stages.
+    """
     path = notebook(house / 'nbs' / '02_bridge.ipynb', HEAD, 'from clear_nb.paper import audit')
     first = stamp(path, 'smoke', 0, {})
     others = [
@@ -214,7 +218,9 @@ def test_missing_product(house):
 
 
 def test_missing_figure(house, capfd):
-    """A table that was removed or altered is drawn again; one that the notebook did not write is not its own."""
+    """A table that was removed or altered is drawn again; one that the notebook did not write
+    is not its own.
+    """
     table = house / 'figures' / 'smoke' / 't.md'
     code = f"from pathlib import Path\np = Path({str(table)!r}); p.parent.mkdir(parents=True, exist_ok=True); p.write_text('1')"
     notebook(house / 'nbs' / '07_tables.ipynb', "preset:str = 'smoke'", code)
@@ -245,7 +251,9 @@ pipeline.run(house/'nbs'/'01_sft.ipynb', 'smoke')
 
 @pytest.mark.parametrize('watched', [True, False])
 def test_bars_are_seen_and_not_saved(house, watched):
-    """A person at a terminal sees the bars of the notebook; a log and the saved notebook do not hold them."""
+    """A person at a terminal sees the bars of the notebook; a log and the saved notebook do not
+    hold them.
+    """
     code = "from clear_nb.core import progress_bar\nfor k in progress_bar(range(3), 'of the kernel'): pass\nprint(k)"
     notebook(house / 'nbs' / '01_sft.ipynb', HEAD, code)
     ours, terminal = os.openpty()
@@ -387,7 +395,9 @@ def test_order(start, seeds):
 
 
 def test_full_order():
-    """Variants follow their notebook and come before the evaluation; ablations only for the first seed, with all rows."""
+    """Variants follow their notebook and come before the evaluation; ablations only for the
+    first seed, with all rows.
+    """
     got = steps('sft', [3, 4], full=True)
     dec, control = (
         dict(mode='reencode', variant='dec'),
@@ -435,7 +445,9 @@ def test_products_of_variants(house, monkeypatch):
 
 
 def test_seeds_side_by_side(house, monkeypatch):
-    """Each seed once in a process of its own with one thread; a failure is named, and later seeds do not start."""
+    """Each seed once in a process of its own with one thread; a failure is named, and later
+    seeds do not start.
+    """
     calls = []
 
     def process(command, stdout, env, **kw):
@@ -457,7 +469,9 @@ def test_seeds_side_by_side(house, monkeypatch):
 
 
 def test_interrupt(house, monkeypatch, capsys):
-    """Ctrl-C ends the whole chain: seeds that wait do not start, and the message says how to go on."""
+    """Ctrl-C ends the whole chain: seeds that wait do not start, and the message says how to go
+    on.
+    """
     calls = []
 
     def process(command, **kw):

@@ -1,4 +1,6 @@
-"""Scores: the published rules to the letter, ours beside them, and nothing unknown that is counted as zero."""
+"""Scores: the published rules to the letter, ours beside them, and nothing unknown that is
+counted as zero.
+"""
 
 import json
 import time
@@ -46,7 +48,9 @@ def golden_rows(case, benchmark):
 
 
 def same_report(got, want):
-    """A report of ours against the golden one: splits × names, null where a split has no such name."""
+    """A report of ours against the golden one: splits × names, null where a split has no such
+    name.
+    """
     for row in want:
         values = got.loc[row['split']]
         assert set(values.index) == set(row) - {'split'}
@@ -71,7 +75,9 @@ def test_golden_options():
 
 
 def test_golden_options_as_rows():
-    """The same cases through the table of rows, with the file in between: value 1 for the expected letter, 0 for every other."""
+    """The same cases through the table of rows, with the file in between: value 1 for the
+    expected letter, 0 for every other.
+    """
     samples, said, want = [], [], []
     for c in OPTIONS:
         expected = match_option(sc.kit_text(c['prediction']), sc.kit_options(c['choices']))
@@ -110,7 +116,9 @@ def test_golden_plain():
 
 @pytest.mark.parametrize('order', [1, -1])
 def test_golden_circular(order):
-    """Groups, the roll that settles them, and the report; a group without its first row is dropped."""
+    """Groups, the roll that settles them, and the report; a group without its first row is
+    dropped.
+    """
     samples, said = golden_rows('circular', 'MMBench_DEV_EN_V11')
     units = sc.score_units(sc.score_rows(samples[::order], said[::order], compat='vlmevalkit'))
     assert dict(zip(units.unit, units.value.astype(int))) == PROTOCOL['circular']['hits']
@@ -215,7 +223,9 @@ def test_excel():
 
 
 def test_nothing_is_random():
-    """Two runs of the published rules agree, and what the kit would draw is counted as unparsable."""
+    """Two runs of the published rules agree, and what the kit would draw is counted as
+    unparsable.
+    """
     samples = [BenchmarkRow('MMStar', str(k), '?', 'A', options=PETS) for k in range(200)]
     one, two = (sc.score_rows(samples, ['no idea'] * 200, compat='vlmevalkit') for _ in range(2))
     assert one.equals(two) and (one.kind == 'unparsable').all() and one.value.sum() == 0
@@ -309,7 +319,9 @@ SECOND = ('Option {c} is wrong', 'The answer is {c}. Wait,')  # these name d
 
 @pytest.mark.parametrize('said', SURE + OPEN)
 def test_no_letter_is_worse_off(said):
-    """Whatever the letter and wherever the options stand, a sentence names its letter, or none if it hedges, asks, corrects or denies."""
+    """Whatever the letter and wherever the options stand, a sentence names its letter, or none
+    if it hedges, asks, corrects or denies.
+    """
     texts = list(PETS.values())
     for k in range(4):
         options = dict(zip('ABCD', texts[k:] + texts[:k]))
@@ -382,7 +394,9 @@ def test_our_reading_of_odd_options(options, said, letter):
 
 
 def test_an_option_is_no_refusal():
-    """A phrase of refusal that an option or the reference holds; any other phrase refuses as before."""
+    """A phrase of refusal that an option or the reference holds; any other phrase refuses as
+    before.
+    """
     options = dict(A='Yes', B='No', C='Unable to Determine')
     for said in (
         'C. Unable to determine',
@@ -432,7 +446,9 @@ def test_our_reading_of_the_world():
 
 
 def test_where_the_rules_differ():
-    """Most letters are read alike; more replies are read than before; what only the kit sees is an option inside another word, an article, a thought, or a letter that is denied."""
+    """Most letters are read alike; more replies are read than before; what only the kit sees is
+    an option inside another word, an article, a thought, or a letter that is denied.
+    """
     ours = [
         sc.read_option(
             sc.answer_text(c['raw_response'] or c['prediction']), sc.OUR_RULES.options(c['choices'])
@@ -484,7 +500,9 @@ class Tasks:
 
 
 def test_what_a_judge_is_asked():
-    """Unread options, all of MM-Vet, short answers the rule does not accept; nothing else, and nothing without a reply."""
+    """Unread options, all of MM-Vet, short answers the rule does not accept; nothing else, and
+    nothing without a reply.
+    """
     samples = [BenchmarkRow('MMStar', str(k), f'q{k}', 'B', options=PETS) for k in range(4)] + [
         BenchmarkRow('MMVet', '1', 'v1', 'x'),
         BenchmarkRow('MMVet', '2', 'v2', 'x'),
@@ -733,7 +751,9 @@ def test_drop_is_paired():
 
 
 def test_second_scores():
-    """Pairs, sources and MME by hand; a pair with one reply missing is open unless the other is wrong."""
+    """Pairs, sources and MME by hand; a pair with one reply missing is open unless the other is
+    wrong.
+    """
     mmvp = [
         BenchmarkRow('MMVP', str(k), 'q', 'A', options=PETS, group=str(k // 2)) for k in range(8)
     ]
@@ -773,7 +793,9 @@ def test_second_scores():
 
 @pytest.mark.parametrize('design', ['mixed', 'full'])
 def test_pairs_under_corruption(design):
-    """The mixed design draws another corruption for each picture of a pair, the full one shows each pair under every corruption."""
+    """The mixed design draws another corruption for each picture of a pair, the full one shows
+    each pair under every corruption.
+    """
     names = list(degrade.CORRUPTIONS)
     mmvp = [
         BenchmarkRow(
@@ -803,7 +825,9 @@ def test_pairs_under_corruption(design):
 
 
 def test_differences():
-    """Antisymmetric, independent of row order, the same again with the same seed, and close to resampling by hand."""
+    """Antisymmetric, independent of row order, the same again with the same seed, and close to
+    resampling by hand.
+    """
     a, b = sc.score_units(world(1)), sc.score_units(world(2))
     d, again, other = (
         sc.score_table(sc.paired_differences(a, b).assign(all=1), 'all', seed=s).iloc[0]
@@ -888,7 +912,9 @@ def test_unpaired_units_are_counted():
 
 
 def test_nothing_to_resample():
-    """One question has no interval, equal differences have one of length zero, other rows are an error."""
+    """One question has no interval, equal differences have one of length zero, other rows are
+    an error.
+    """
     units = sc.score_units(world(1))
     one = sc.score_table(sc.paired_differences(units[:1], units[:1])).iloc[0]
     assert one.n == 1 and one.score == 0 and np.isnan(one.low)
@@ -946,7 +972,9 @@ def test_protocols():
 
 
 def test_judge_behind_a_server(monkeypatch, tmp_path, hasty):
-    """MM-Vet and free answers through HTTP: failures become pending, a second run asks only for those."""
+    """MM-Vet and free answers through HTTP: failures become pending, a second run asks only for
+    those.
+    """
     monkeypatch.setenv('OPENAI_API_KEY', 'x')
     samples = [
         BenchmarkRow('MMVet', str(k), f'q{k}', f'answer{k}', category='rec') for k in range(10)
@@ -989,7 +1017,9 @@ def test_judge_behind_a_server(monkeypatch, tmp_path, hasty):
 
 @pytest.mark.parametrize('right', [0, 24])
 def test_one_interval_everywhere(right):
-    """0 of 24, or 24 of 24, has one interval: in a table, in a record's table, and by the formula."""
+    """0 of 24, or 24 of 24, has one interval: in a table, in a record's table, and by the
+    formula.
+    """
     rows = sc.score_rows(
         [BenchmarkRow('MMStar', str(k), '?', 'A', options=PETS) for k in range(24)],
         ['A' if right else 'B'] * 24,

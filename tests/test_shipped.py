@@ -51,7 +51,9 @@ def pictures() -> list:
 
 @torch.no_grad()
 def outputs(stage: str) -> tuple:  # tensors, token ids of every turn
-    "Greedy and sampled trajectories of a shipped model, their latents, and the logits of the packed trajectories."
+    """Greedy and sampled trajectories of a shipped model, their latents, and the logits of the
+    packed trajectories.
+    """
     torch.set_num_threads(1)
     model = ClearModel.from_pretrained(PATHS.checkpoints / 'tiny' / stage, 'cpu')
     mode = 'both' if stage in ('base', 'sft') else 'bridge'
@@ -101,7 +103,9 @@ def write():
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_shipped_model_is_unchanged(stage):
-    """Sampled ids are equal; numbers are equal to the bit on the machine kind of the reference, else to 1e-4."""
+    """Sampled ids are equal; numbers are equal to the bit on the machine kind of the reference,
+    else to 1e-4.
+    """
     reference = json.loads((FOLDER / 'ids.json').read_text())
     threads = torch.get_num_threads()
     try:

@@ -1,4 +1,6 @@
-"""A model whose two encoders ask for other sizes than the pictures have, as at 7B, on pictures of several sizes."""
+"""A model whose two encoders ask for other sizes than the pictures have, as at 7B, on pictures
+of several sizes.
+"""
 
 from dataclasses import replace
 
@@ -60,7 +62,10 @@ def model():
 @pytest.fixture(scope='module')
 def mixed(model):
     """Four pictures of four sizes, two questions each."""
-    cut = lambda x, i: np.ascontiguousarray(x[:, : 64 - 12 * i])
+
+    def cut(x, i):
+        return np.ascontiguousarray(x[:, : 64 - 12 * i])
+
     return make_picture_set(
         model,
         [
@@ -105,7 +110,9 @@ def test_reread_keeps_grey_levels(model):
 
 @pytest.mark.parametrize('mode', ['bridge', 'reencode', 'both'])
 def test_every_way_back(model, mixed, mode):
-    """A batch of pictures of several sizes restores and returns them; what is put back fits its slots, and rows are those asked alone."""
+    """A batch of pictures of several sizes restores and returns them; what is put back fits its
+    slots, and rows are those asked alone.
+    """
     starts = [build_prompt(model, it.seen, 'what is it') for it in mixed.items]
     s = Sampling(max_new=40, temperature=1.0, steps=3, mode=mode, record=True)
     rolls = generate(model, starts, s, Noise('way'))
@@ -168,24 +175,32 @@ def test_drawn_benchmarks(model, tmp_path, name):
 def test_cue(model):
     """A model without a think prompt is asked the bare question, in training and afterwards."""
     bare, told = model.cfg, replace(model.cfg, think_prompt='think first')
-    said = lambda cfg: model.tokenizer.decode(
-        build_prompt(
-            init_weights(ClearModel(cfg, model.tokenizer), torch_rng('cue')),
-            np.zeros((64, 64, 3), np.uint8),
-            'what is it',
-        )[-1].ids
-    ).strip()
+
+    def said(cfg):
+        return model.tokenizer.decode(
+            build_prompt(
+                init_weights(ClearModel(cfg, model.tokenizer), torch_rng('cue')),
+                np.zeros((64, 64, 3), np.uint8),
+                'what is it',
+            )[-1].ids
+        ).strip()
+
     assert [said(c) for c in (bare, told)] == ['what is it', 'what is it think first']
 
 
 def test_system_prompt(model, mixed):
-    """The system prompt stands before the picture in training, in later questions and in stage 3; a direct answer goes without."""
+    """The system prompt stands before the picture in training, in later questions and in stage
+    3; a direct answer goes without.
+    """
     told = init_weights(
         ClearModel(replace(model.cfg, system='look twice'), model.tokenizer), torch_rng('sizes')
     )
-    said = lambda segments: [
-        told.tokenizer.decode(s.ids).strip() for s in segments if isinstance(s, TextSegment)
-    ]
+
+    def said(segments):
+        return [
+            told.tokenizer.decode(s.ids).strip() for s in segments if isinstance(s, TextSegment)
+        ]
+
     p = make_picture_set(told, mixed.items)
     row = sft_row(
         told.tokenizer,

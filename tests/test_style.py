@@ -1,4 +1,6 @@
-"""The house style, measured: short cells, short functions, a lesson after each export, imports that go one way."""
+"""The house style, measured: short cells, short functions, a lesson after each export, imports
+that go one way.
+"""
 
 import ast
 import re

@@ -141,7 +141,9 @@ def test_no_secret_ships():
 
 
 def test_records_name_no_environment():
-    """A record holds versions and parameters, not the variables, the user or the folders of the machine that wrote it."""
+    """A record holds versions and parameters, not the variables, the user or the folders of the
+    machine that wrote it.
+    """
     for p in (p for p in TRACKED if p.suffix == '.json' and 'results' in p.parts):
         text = json.dumps(json.loads(p.read_text()))
         assert not re.search(r'"environ|"(?:user|home|hostname)"|/(home|root|tmp)/', text), p.name

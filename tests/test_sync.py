@@ -61,7 +61,9 @@ def test_no_difference(copy, command):
 
 
 def as_jupyterlab_keeps(nb):
-    """What JupyterLab changes while a notebook is open: names of kernel and language, counts, states of cells."""
+    """What JupyterLab changes while a notebook is open: names of kernel and language, counts,
+    states of cells.
+    """
     nb['metadata'] |= dict(
         kernelspec=dict(name='python3', language='python', display_name='Python 3 (ipykernel)'),
         language_info=dict(
@@ -80,7 +82,9 @@ def as_jupyterlab_keeps(nb):
 
 
 def test_jupyterlab_leaves_no_difference(copy):
-    """Opening and saving every notebook through JupyterLab's own server code, then nbdev_clean: the same bytes."""
+    """Opening and saving every notebook through JupyterLab's own server code, then nbdev_clean:
+    the same bytes.
+    """
     from jupyter_server.services.contents.largefilemanager import LargeFileManager
 
     manager, before = LargeFileManager(root_dir=str(copy)), snapshot(copy)
@@ -168,7 +172,9 @@ def test_no_machine_paths():
 
 
 def test_contents():
-    """The index names every chapter once, with its own claim, and every chapter links to its neighbours."""
+    """The index names every chapter once, with its own claim, and every chapter links to its
+    neighbours.
+    """
     order = chapters(index_text())
     library = [p.relative_to(ROOT / 'nbs').as_posix() for p in LIBRARY]
     assert sorted(c for c in order if '/' in c) == sorted(library)

@@ -107,7 +107,9 @@ def test_intervals_repeat():
     [([], UNKNOWN[1:]), ([1], (1, math.nan, math.nan)), ([1, 1], (1, 1, 1)), ([0] * 50, (0, 0, 0))],
 )
 def test_degenerate(x, want):
-    """Empty is unknown, one item has no interval, equal items have an interval of width zero; no warning."""
+    """Empty is unknown, one item has no interval, equal items have an interval of width zero;
+    no warning.
+    """
     with np.errstate(all='raise'):
         est = bootstrap_mean(x, rng(0))
     assert est.n == len(x) and np.array_equal(est[1:], want, equal_nan=True)
@@ -202,7 +204,9 @@ def test_seeds():
 
 
 def test_table1(frame):
-    """The paper's number stands in the next column; our controls have none; unknown columns are marked."""
+    """The paper's number stands in the next column; our controls have none; unknown columns are
+    marked.
+    """
     t = table1(frame, scale='test').set_index('method')
     assert t.index.tolist() == list(LABELS.values()) and list(t)[:2] == [
         'MMBench (ours, test)',
@@ -223,7 +227,9 @@ def test_table1(frame):
 
 
 def test_table1_mirrors(frame):
-    """A benchmark of ours that mirrors one of the paper's shows the paper's number under the paper's name."""
+    """A benchmark of ours that mirrors one of the paper's shows the paper's number under the
+    paper's name.
+    """
     t = table1(frame, titles={'mine': 'My set'}, mirrors={'My set': 'CV-Bench'}, scale='x')
     assert (
         t['CV-Bench (paper, 7B)'][0] == paper_table(1).set_index('method').loc['Bagel', 'CV-Bench']
@@ -292,7 +298,9 @@ def test_figure5(frame):
 
 
 def test_saved_tables(tmp_path, frame, records):
-    """Numbers in CSV, text in Markdown and LaTeX, one row in the index however often it is written."""
+    """Numbers in CSV, text in Markdown and LaTeX, one row in the index however often it is
+    written.
+    """
     df = pd.DataFrame(
         {
             'method': ['a & b', 'c'],
@@ -395,7 +403,9 @@ def ablation(kind, values, p, seed=0):
 
 
 def test_no_cell_without_a_record(monkeypatch, tmp_path):
-    """The table notebook on a project without records: no number in any of our columns, and nothing written."""
+    """The table notebook on a project without records: no number in any of our columns, and
+    nothing written.
+    """
     for name in ('runs', 'results', 'figures'):
         monkeypatch.setattr(PATHS, name, tmp_path / name)
     names = {}
@@ -458,10 +468,13 @@ def test_one_model_tables(records, make):
 def test_cells_are_recomputed(records, frame):
     """Tables 3, 9, 15 and the trigger table against the strings of the record."""
     cells = records[0]['metrics']['scores']['clear_rl']
-    share = lambda text, *rest: (
-        100 * np.mean([all(x == '1' for x in pair) for pair in zip(text, *rest)])
-    )
-    mean = lambda s, *fields: np.mean([share(*(c[s][f] for f in fields)) for c in cells.values()])
+
+    def share(text, *rest):
+        return 100 * np.mean([all(x == '1' for x in pair) for pair in zip(text, *rest)])
+
+    def mean(s, *fields):
+        return np.mean([share(*(c[s][f] for f in fields)) for c in cells.values()])
+
     assert table3(frame, scale='x')['hard (ours, x)'][4].mean == pytest.approx(
         mean('hard', 'correct')
     )
@@ -483,7 +496,9 @@ def test_cells_are_recomputed(records, frame):
 
 
 def test_sweeps(records):
-    """A changed number finds its row; the main run fills its own value only where no ablation holds it; another kind stays out."""
+    """A changed number finds its row; the main run fills its own value only where no ablation
+    holds it; another kind stays out.
+    """
     extra = [
         ablation('lambda', dict(lambda_flow=0.1), 0.7),
         ablation('reward', dict(w_acc=1.0, w_fmt=0.0, w_dec=0.0, w_cost=0.0), 0.4),
@@ -532,13 +547,16 @@ def test_sweep_with_a_gap():
 def labelled(n, shares, seed=0):
     """Records of one budget, as `ablations` names subjects and values."""
     named = dict(clear='clear_bridge', always='always', matched='matched')
-    cells = lambda m, p: {
-        b: {
-            s: dict(correct=bits(p, 100, 'labels', n, m, b, s, seed), item_ids=b)
-            for s in ('clean', 'hard')
+
+    def cells(m, p):
+        return {
+            b: {
+                s: dict(correct=bits(p, 100, 'labels', n, m, b, s, seed), item_ids=b)
+                for s in ('clean', 'hard')
+            }
+            for b in SETS
         }
-        for b in SETS
-    }
+
     return [
         make_record(
             '06_ablations',
@@ -552,7 +570,9 @@ def labelled(n, shares, seed=0):
 
 
 def test_label_curve():
-    """One row per budget; means are those of the record's strings; a budget or subject without a record is unknown; other kinds stay out."""
+    """One row per budget; means are those of the record's strings; a budget or subject without
+    a record is unknown; other kinds stay out.
+    """
     few, many = (
         labelled(100, dict(clear=0.7, always=0.7, matched=0.3)),
         labelled(900, dict(clear=0.5, matched=0.9)),
@@ -618,9 +638,10 @@ def test_sensitivity_figure(records):
     """The curve holds the cells of Tables 12 and 14, nothing where there is no record."""
     timed = ablation('steps', dict(denoise_steps=30), 0.6)
     timed['metrics']['denoise_seconds'] = 0.004
-    make = lambda extra, main: {
-        k: table_sweep(k, extra, main, list(SETS), scale='x') for k in ('lambda', 'steps')
-    }
+
+    def make(extra, main):
+        return {k: table_sweep(k, extra, main, list(SETS), scale='x') for k in ('lambda', 'steps')}
+
     weight, steps = make([timed], records).values()
     fig = figure_sweeps(weight, steps, 'x')
     assert steps.set_index('steps')['milliseconds of prefill and denoising (ours, x)'][
@@ -648,7 +669,9 @@ def test_drop_reduction():
     """Half the drop saved; nothing to save is unknown."""
 
     def made(base, clear):
-        cell = lambda k: dict(correct='1' * k + '0' * (100 - k), item_ids='x')
+        def cell(k):
+            return dict(correct='1' * k + '0' * (100 - k), item_ids='x')
+
         return scores_frame(
             [
                 make_record(
@@ -671,8 +694,12 @@ def test_drop_reduction():
 
 
 def test_drop_over_seeds():
-    """A seed without CLEAR changes nothing; one in which the base model loses nothing is left out and named; both go the way of the other claims."""
-    cell = lambda k: dict(correct='1' * k + '0' * (200 - k), item_ids='x')
+    """A seed without CLEAR changes nothing; one in which the base model loses nothing is left
+    out and named; both go the way of the other claims.
+    """
+
+    def cell(k):
+        return dict(correct='1' * k + '0' * (200 - k), item_ids='x')
 
     def row(*runs):  # runs: per seed, model to (clean, hard)
         scores = [
@@ -718,7 +745,9 @@ def paired_record(correct, pairs, **cell):
 
 
 def test_a_pair_is_one_question():
-    """Two pictures of a pair are drawn together: the mean stays, n halves, and outcomes that always agree get a wider interval."""
+    """Two pictures of a pair are drawn together: the mean stays, n halves, and outcomes that
+    always agree get a wider interval.
+    """
     pairs = bits(0.5, 200, 'pairs')
     both = ''.join(2 * b for b in pairs)
     [one] = scores_frame([paired_record(both, pairs, trigger=both)]).itertuples()
@@ -733,7 +762,9 @@ def test_a_pair_is_one_question():
 
 
 def test_six_of_seven(records, frame):
-    """Tables 2 and 3, the findings and the last row of the triggers average over the named sets alone."""
+    """Tables 2 and 3, the findings and the last row of the triggers average over the named sets
+    alone.
+    """
     want = frame[
         (frame.model == 'base') & (frame.severity == 'hard') & (frame.benchmark != 'mine')
     ]['mean'].mean()
@@ -763,7 +794,9 @@ def test_six_of_seven(records, frame):
 
 
 def test_only_the_same_questions_are_compared(records):
-    """Models asked different questions are refused, and a seed that one of them lacks stays out of both."""
+    """Models asked different questions are refused, and a seed that one of them lacks stays out
+    of both.
+    """
     other = record(('clear_rl',), seed=0)
     for cells in other['metrics']['scores']['clear_rl'].values():
         cells['hard']['item_ids'] = 'other'
@@ -781,12 +814,14 @@ def test_only_the_same_questions_are_compared(records):
 
 
 def test_seeds_that_disagree():
-    """Five runs of 400 questions each: a gain that one lucky run makes is shown for these seeds; one that all make is shown."""
+    """Five runs of 400 questions each: a gain that one lucky run makes is shown for these
+    seeds; one that all make is shown.
+    """
 
     def claim(gains):
-        cell = lambda share, *key: dict(
-            correct=bits(share, 400, *key), trigger='0' * 400, item_ids='x'
-        )
+        def cell(share, *key):
+            return dict(correct=bits(share, 400, *key), trigger='0' * 400, item_ids='x')
+
         runs = [
             {
                 m: {
@@ -820,7 +855,9 @@ def test_seeds_that_disagree():
 
 
 def test_unreadable_answers(records):
-    """The share of answers that say nothing stands in Table 2; where nobody counted it is unknown."""
+    """The share of answers that say nothing stands in Table 2; where nobody counted it is
+    unknown.
+    """
     counted = copy.deepcopy(records)
     for k, cells in enumerate(counted[0]['metrics']['scores']['always'].values()):
         cells['hard'] |= dict(unparsable=10 * k, questions=100)
@@ -831,7 +868,9 @@ def test_unreadable_answers(records):
 
 
 def test_latex(tmp_path, records):
-    """Every sign of LaTeX's own is escaped, everything else is ASCII, braces are balanced; long cells are broken."""
+    """Every sign of LaTeX's own is escaped, everything else is ASCII, braces are balanced; long
+    cells are broken.
+    """
     df = pd.DataFrame(
         {
             '95 % [x]': [

@@ -1,4 +1,6 @@
-"""What is saved for reading is what happened, and the numbers before and after are about the same questions."""
+"""What is saved for reading is what happened, and the numbers before and after are about the
+same questions.
+"""
 
 from types import SimpleNamespace as Space
 
@@ -34,20 +36,27 @@ ASK, END = '<think>fog</think><image_restore>', '<think>now</think><answer>3</an
 
 @pytest.fixture(scope='module')
 def toy():
-    """A fresh model, a pool of labelled questions, a rollout without and one with two restorations."""
+    """A fresh model, a pool of labelled questions, a rollout without and one with two
+    restorations.
+    """
     model = new_model(load_preset('smoke'), 0, 50)
     p = make_picture_set(model, labelled_items(0, 4, 2, 'rl'))
-    roll = lambda *texts: Rollout(
-        [],
-        [Turn(list(encode_text(model.tokenizer, t)), [], True) for t in texts],
-        [Restoration(p.clean_z[n]) for n in range(len(texts) - 1)],
-        list(texts),
-    )
+
+    def roll(*texts):
+        return Rollout(
+            [],
+            [Turn(list(encode_text(model.tokenizer, t)), [], True) for t in texts],
+            [Restoration(p.clean_z[n]) for n in range(len(texts) - 1)],
+            list(texts),
+        )
+
     return Space(model=model, pool=p, rolls=[roll(END), roll(ASK, ASK, END)])
 
 
 def test_pictures_are_those_of_the_trajectory(toy):
-    """Every restoration in order between the degraded and the clean picture, decoded as the model would see it."""
+    """Every restoration in order between the degraded and the clean picture, decoded as the
+    model would see it.
+    """
     got = pictures(toy.rolls[1], toy.pool.items[0], toy.model)
     assert list(got) == ['degraded', 'restored', 'restored 2', 'clean'] and list(
         pictures(toy.rolls[0], toy.pool.items[0], toy.model)
@@ -61,7 +70,9 @@ def test_pictures_are_those_of_the_trajectory(toy):
 
 
 def test_watcher_finds_the_clean_picture(toy, tmp_path):
-    """The callback of the loop: questions lead to their picture, only every n-th step is written, PNGs hold the pixels."""
+    """The callback of the loop: questions lead to their picture, only every n-th step is
+    written, PNGs hold the pixels.
+    """
     ask = [toy.pool.items[1].questions[0], toy.pool.items[0].questions[1]]
     outcomes = [score_rollout(toy.rolls[0], ask[0]), Outage('no reply')]
     watch = watcher(tmp_path, toy.model, toy.pool, every=5, k=2)
@@ -142,7 +153,9 @@ def test_answers_do_not_depend_on_the_batch(toy):
     ],
 )
 def test_held_out_answers_follow_the_preset(toy, monkeypatch, options):
-    """Mode, policy, number of restorations, rules and weights of stage 3 decide how held-out questions are asked and paid; text is greedy, pictures are made by the ODE."""
+    """Mode, policy, number of restorations, rules and weights of stage 3 decide how held-out
+    questions are asked and paid; text is greedy, pictures are made by the ODE.
+    """
     seen, plain = [], ask.generate
     p = load_preset('smoke', **{'eval.batch': 64, **{f'grpo.{k}': v for k, v in options.items()}})
 
@@ -185,7 +198,9 @@ NAMES = [
 
 @pytest.mark.parametrize('values,name', NAMES)
 def test_names_of_runs(values, name):
-    """Only what differs from the preset is named; every name is a file name and belongs to one set of values."""
+    """Only what differs from the preset is named; every name is a file name and belongs to one
+    set of values.
+    """
     changed = changed_values(load_preset('tiny').grpo, **values)
     assert variant_name(changed) == name and record_name('03_grpo', 0, name).startswith('03_grpo-')
     assert variant_name({**changed, 'judge': 'org/gpt-4.1:mini'}) == '+'.join(
@@ -209,7 +224,9 @@ def test_change_by_hand():
 
 
 def test_change_is_paired():
-    """The same questions right before and after: no uncertainty about the change, however uncertain the level."""
+    """The same questions right before and after: no uncertainty about the change, however
+    uncertain the level.
+    """
     got = mean_change([dict(before=dict(a=bits('01' * 20)), after=dict(a=bits('01' * 20)))])
     assert got['before'].low < 50 < got['before'].high and (
         got['change'].low,
