@@ -141,8 +141,10 @@ def prefill_floor(model, vae, und, m):
 def picture(model, side, key):
     "A random picture of about `side` pixels for both encoders: latent and ViT image"
     c, g = model.cfg, torch_rng('picture', key)
+
     def fit(step, table):
         return step * min(side // step, table)
+
     a, b = fit(c.vae.down * c.latent_patch, c.latent_side), fit(c.vit.patch, c.vit.side)
     return torch.randn(c.vae.z, a // c.vae.down, a // c.vae.down, generator=g), torch.rand(
         3, b, b, generator=g
@@ -155,8 +157,10 @@ def context_of(model, a):
     ask = [LatentSegment(z), VitSegment(image), *prompt(model, a.text)]
     n = [tokens_of(s, model.shape) for s in ask]
     slots = sum(n) + max(a.tokens + 4, n[0])
+
     def new():
         return KVCache(model.mot.cfg, 1, slots, model.device, model.cache_dtype)
+
     return z, ask, n, new
 
 
@@ -179,10 +183,12 @@ def measure(model, m, a):
         prefill_floor(model, n[0], sum(n[1:]), m),
     )
     for rows in a.rows:
+
         def job():
             return speaking(
-                    model, None, a.tokens, cache=select_rows(cache, torch.zeros(rows, dtype=torch.long))
-                )()
+                model, None, a.tokens, cache=select_rows(cache, torch.zeros(rows, dtype=torch.long))
+            )()
+
         t = statistics.median(in_turns({'f': job}, a.repeats, a.device)['f']) / (a.tokens + 1)
         book(f'decode, batch {rows}', t, decode_floor(model, rows, sum(n) + a.tokens // 2, m))
         out[f'decode, batch {rows}']['tokens_per_second'] = rows / t

@@ -178,10 +178,12 @@ def long_context(model, tokens, repeats, device, rows=1):
 def batching(model, tokens, repeats, device, rows=16):
     "Tokens per second of a batch over those of its rows one by one"
     ask = [prompt(model, 64, r) for r in range(rows)]
+
     def alone():
         return (lambda made: lambda: [f() for f in made])(
             [speaking(model, [p], tokens)() for p in ask]
         )
+
     return ratio(
         in_turns({'batch': speaking(model, ask, tokens), 'alone': alone}, repeats, device),
         'alone',
@@ -195,14 +197,14 @@ def guided(model, z, steps, repeats, device, rows=8):
     cache = KVCache(model.mot.cfg, rows, 200, model.device)
     prefill(model, cache, ask)
     noise = torch.randn(rows, *z.shape, generator=torch_rng('noise'))
+
     def make(g):
-        return (
-            lambda: (
-                lambda: restore(
-                    model, cache, noise, steps, guide=prefill_guidance(model, cache, ask, g)
-                )
+        return lambda: (
+            lambda: restore(
+                model, cache, noise, steps, guide=prefill_guidance(model, cache, ask, g)
             )
         )
+
     t = in_turns(
         {
             'none': make(None),

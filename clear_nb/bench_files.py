@@ -8,7 +8,6 @@ __all__ = ['build_files', 'read_info', 'read_files', 'read_outline', 'verify', '
 # %% ../nbs/bench/bench_files.ipynb #bfb3e307
 import base64
 import csv
-import fcntl
 import hashlib
 import json
 from collections import Counter
@@ -24,8 +23,9 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import clear_nb
-from .core import PATHS, atomic_path, file_hash, progress_bar, suggest
+from .core import atomic_path, file_hash, progress_bar, suggest
+from .folders import begin_folder, finish_folder, one_writer, read_json
+from .identity import made_from
 from clear_nb.rows import (
     TSV_COLUMNS,
     BenchmarkRow,
@@ -98,10 +98,8 @@ def _scan(paths: Iterable, columns=None) -> Iterator:  # lists of dicts, one lis
 
 # %% ../nbs/bench/bench_files.ipynb #74add862
 def _versions() -> dict:
-    "Name the versions of everything that can change a picture."
+    "Name the versions of the libraries that can change a picture."
     return dict(
-        clear_nb=clear_nb.__version__,
-        degrade=file_hash(PATHS.package / 'degrade.py')[:16],
         opencv=cv2.__version__,
         **{n: metadata.version(n) for n in ('numpy', 'pillow', 'pyarrow')},
     )
@@ -131,45 +129,16 @@ def _settings(plan: VariantPlan, rows, shard: int) -> dict:  # of JSON values
     settings = dict(format=1, **asdict(plan), shard=shard, source=source, versions=versions)
     return json.loads(json.dumps(settings))
 
-# %% ../nbs/bench/bench_files.ipynb #c2243c14
-def _read_json(path: Path) -> dict:
-    "Read a JSON file; ValueError naming a damaged one."
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{path} is damaged ({e}): delete the folder and build it again') from e
-
-
-def _check_same(path: Path, found: dict, wanted: dict):
-    "Compare settings; ValueError that says what differs."
-    differs = [
-        f'{k} ({found.get(k)!r:.120} there, {v!r:.120} now)'
-        for k, v in wanted.items()
-        if found.get(k) != v
-    ]
-    if differs:
-        raise ValueError(
-            f'{path} was begun with other settings: {"; ".join(differs)}; '
-            'use them, delete the folder or choose another'
-        )
-
 # %% ../nbs/bench/bench_files.ipynb #7c5badfa
-def _begin(out: Path, settings: dict) -> bool:  # is the folder finished?
+def _begin(out: Path, settings: dict, accept_code: bool = False) -> bool:  # is it finished?
     "Begin a folder or go on with it; ValueError when the folder holds something else."
-    info, begun = out / 'info.json', out / 'building.json'
-    if info.exists() and not settings['source']:
+    if (out / 'info.json').exists() and not settings['source']:
         raise ValueError(f'{out} is finished and these samples have no name: choose another folder')
-    there = next((path for path in (info, begun) if path.exists()), None)
-    if there:
-        _check_same(out, _read_json(there), settings)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f'{out} holds other files: choose a new folder')
-    else:
-        with atomic_path(begun) as tmp:
-            tmp.write_text(json.dumps(settings, indent=1), encoding='utf-8')
+    made = made_from('bench_files', params=settings)
+    finished = begin_folder(out, settings, made, 'info.json', accept_code=accept_code)
     for old in out.glob('.*.tmp*'):
         old.unlink()  # of a build that was killed
-    return info.exists()
+    return finished
 
 # %% ../nbs/bench/bench_files.ipynb #f62c8b1d
 _NAMING = ['benchmark', 'index', 'question', 'answer', 'corruption', 'severity']  # columns
@@ -191,15 +160,6 @@ def _resume(groups: Iterator, out: Path) -> int:  # number of finished files
             )
     return done
 
-
-@contextmanager
-def _alone(out: Path):
-    "Keep other processes that build the same folder waiting."
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f'.{out.name}.lock'), 'w', encoding='utf-8') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 # %% ../nbs/bench/bench_files.ipynb #fbaeaa67
 def _counts(shards: list) -> tuple:  # counts, content hash
     "Count the rows of finished files and hash their digests."
@@ -215,21 +175,18 @@ def _counts(shards: list) -> tuple:  # counts, content hash
     return dict(rows=rows, unchanged=unchanged, **by_name), h.hexdigest()
 
 # %% ../nbs/bench/bench_files.ipynb #d36adffe
-def _write_info(out: Path, settings: dict, rejects: list):
+def _write_info(out: Path, rejects: list):
     "Finish a folder: write `info.json` and remove `building.json`."
     shards = sorted(out.glob('rows-*.parquet'))
     counts, name = _counts(shards)
-    info = dict(
-        settings,
+    results = dict(
         content_hash=name,
         counts=counts,
         rejected=dict(Counter(r.reason for r in rejects)),
         rejects=[asdict(r) for r in rejects],
         files={p.name: file_hash(p) for p in shards},
     )
-    with atomic_path(out / 'info.json') as tmp:
-        tmp.write_text(json.dumps(info, indent=1) + '\n', encoding='utf-8')
-    (out / 'building.json').unlink()
+    finish_folder(out, 'info.json', results)
 
 # %% ../nbs/bench/bench_files.ipynb #e24e145c
 def _build(rows, out: Path, plan: VariantPlan, settings: dict, workers: int, progress: bool):
@@ -251,7 +208,7 @@ def _build(rows, out: Path, plan: VariantPlan, settings: dict, workers: int, pro
         _write_shards(counted(), out, done, settings['shard'] // ROW_GROUP_SIZE)
     if not _shard_path(out, 0).exists():
         raise ValueError(f'no row could be used: {dict(Counter(r.reason for r in rejects))}')
-    _write_info(out, settings, rejects)
+    _write_info(out, rejects)
 
 # %% ../nbs/bench/bench_files.ipynb #91278567
 def build_files(
@@ -268,13 +225,14 @@ def build_files(
     tsv: bool = False,  # write VLMEvalKit files as well
     progress: bool = True,
     shard: int = 256,  # rows in a parquet file
+    accept_code: bool = False,  # go on with a folder that other code began
 ) -> dict:  # as `read_info`
     "Build the corrupted versions of a benchmark (paper §4.1); ValueError on bad settings."
     names = tuple(VariantPlan.corruptions if corruptions is None else corruptions)
     plan = VariantPlan(design, tuple(severities), seed, names, jpeg_quality, relative, by_group)
     out, settings = Path(out), _settings(plan, samples, shard)
-    with _alone(out):
-        if not _begin(out, settings):
+    with one_writer(out, wait=True):
+        if not _begin(out, settings, accept_code):
             _build(samples, out, plan, settings, workers, progress)
         if tsv:
             write_tsv(out)
@@ -286,7 +244,7 @@ def read_info(folder) -> dict:
     path = Path(folder) / 'info.json'
     if not path.exists():
         raise ValueError(f'{folder} holds no finished benchmark: call build_files on it again')
-    return _read_json(path)
+    return read_json(path, 'delete the folder and build it again')
 
 # %% ../nbs/bench/bench_files.ipynb #5a4528e5
 def _row_of(record: dict) -> BenchmarkRow:

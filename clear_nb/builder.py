@@ -22,7 +22,6 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import clear_nb
 from clear_nb.annotate import (
     TRACE_PROMPT_VERSION,
     TRACE_SETTINGS,
@@ -44,7 +43,9 @@ from clear_nb.candidates import (
     read_columns,
     select_questions,
 )
-from .core import PATHS, atomic_path, explain_full_disk, file_hash
+from .core import atomic_path, explain_full_disk, file_hash
+from .folders import ACCEPT_CODE, begin_folder, finish_folder, one_writer
+from .identity import made_from
 from clear_nb.judge import (
     OPEN_TASK,
     OPTION_TASK,
@@ -233,10 +234,8 @@ def _settings(
     recipe: BuildRecipe,
     judge: LLMJudge | None = None,
 ) -> dict:  # of JSON values
-    "Collect everything that decides what comes out of a build."
+    "Collect everything but the code that decides what comes out of a build."
     versions = dict(
-        clear_nb=clear_nb.__version__,
-        degrade=file_hash(PATHS.package / 'degrade.py')[:16],
         opencv=cv2.__version__,
         **{n: metadata.version(n) for n in ('numpy', 'pillow', 'pyarrow')},
     )
@@ -253,43 +252,18 @@ def _settings(
     return json.loads(json.dumps(settings, default=str))
 
 # %% ../nbs/bench/builder.ipynb #f47a6f71
-_MEND = {
+_REMEDIES = {
     'manifest.json': REMAKE,
     'building.json': 'choose a new folder, and move annotator.jsonl and judge.jsonl there '
     'so that nothing is asked twice',
 }
 
 
-def _check_settings(path: Path, settings: dict):
-    "Compare the settings of a folder; ValueError when they differ or the file is damaged."
-    try:
-        there = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{path} is damaged ({e}): {_MEND[path.name]}.') from e
-    differs = [
-        f'{k} ({there.get(k)!r:.100} there, {v!r:.100} now)'
-        for k, v in settings.items()
-        if there.get(k) != v
-    ]
-    if differs:
-        raise ValueError(
-            f'{path.parent} was begun with other settings: {"; ".join(differs)}; '
-            'use them or choose another folder.'
-        )
-
-# %% ../nbs/bench/builder.ipynb #73733b95
-def _begin(out: Path, settings: dict) -> bool:  # is the folder finished?
+def _begin(out: Path, settings: dict, base, accept_code: bool = False) -> bool:  # is it finished?
     "Begin a folder or go on with it; ValueError when the folder holds something else."
-    for path in (out / 'manifest.json', out / 'building.json'):
-        if path.exists():
-            _check_settings(path, settings)
-            return path.name == 'manifest.json'
-    movable = ('annotator.jsonl', 'judge.jsonl')
-    if out.exists() and any(f.name not in movable for f in out.iterdir()):
-        raise ValueError(f'{out} holds other files: choose a new folder.')
-    with atomic_path(out / 'building.json') as tmp:
-        tmp.write_text(json.dumps(settings, indent=1) + '\n', encoding='utf-8')
-    return False
+    made = made_from('builder', *base.code, params=settings)
+    movable = 'annotator.jsonl', 'judge.jsonl'
+    return begin_folder(out, settings, made, 'manifest.json', _REMEDIES, movable, accept_code)
 
 # %% ../nbs/bench/builder.ipynb #2ba039a2
 def _part_pathways(routed: list, traced: CollectedTraces, recipe: BuildRecipe) -> dict:
@@ -302,14 +276,8 @@ def _part_pathways(routed: list, traced: CollectedTraces, recipe: BuildRecipe) -
     )
 
 
-def _write_manifest(out: Path, manifest: dict):
-    with atomic_path(out / 'manifest.json') as tmp:
-        tmp.write_text(json.dumps(manifest, indent=1) + '\n', encoding='utf-8')
-
-
 def _finish(
     out: Path,
-    settings: dict,
     recipe: BuildRecipe,
     replies: Replies,  # of the base model
     routed: list,  # of `route_questions`
@@ -326,16 +294,14 @@ def _finish(
     rejected = _write_rejects(out, traced.rejects)
     judged = [q.restore for q in routed if q.restore is not None]
     unjudged = len(routed) - len(judged)
-    manifest = dict(
-        settings,
+    results = dict(
         accounts=_accounts(out, replies, traced.rejects, pathways, rejected, unjudged),
         rejected=rejected,
         faults=dict(sorted(traced.faults.items())),
         statistics=example_statistics(tallies, len(judged), judged.count(False)),
         files={p.name: file_hash(p) for p in [*paths, out / 'rejects.jsonl']},
     )
-    _write_manifest(out, manifest)
-    return manifest
+    return finish_folder(out, 'manifest.json', results, keep=True)
 
 # %% ../nbs/bench/builder.ipynb #7a1c0f01
 def _no_candidates(source: Source, out: Path, recipe: BuildRecipe) -> str:
@@ -370,14 +336,15 @@ def build_training(
     progress: bool = True,
     model: str = '',  # name of the annotator, when there is no server
     judge: LLMJudge | None = None,  # of the base model's answers; None: the rule
+    accept_code: bool = False,  # go on with a folder that other code began
 ) -> dict | CostEstimate:  # the manifest, or the estimate without a server
     "Build both parts; OSError and ValueError leave everything kept, and the next call goes on."
     out, model = Path(out), server.model if server else model
     settings = _settings(source, base, model, dict(request), recipe, judge)
     if judge and server is None:
         judge = SilentJudge.of(judge)
-    with explain_full_disk(out):
-        if _begin(out, settings):
+    with explain_full_disk(out), one_writer(out):
+        if _begin(out, settings, base, accept_code):
             return read_manifest(out)
         select_questions(source, out, recipe, threads, progress)
         replies = answer_questions(base, out, recipe, progress)
@@ -393,7 +360,7 @@ def build_training(
             print(cost, file=sys.stderr)
         annotator = Annotator(server, kept, recipe.regenerations + 1, patience, request)
         traced = collect_traces(annotator, out, queues, recipe, workers, progress)
-        return _finish(out, settings, recipe, replies, routed, traced, annotator)
+        return _finish(out, recipe, replies, routed, traced, annotator)
 
 # %% ../nbs/bench/builder.ipynb #74e006d1
 def write_build_record(out, seconds: float) -> Path:
@@ -488,6 +455,7 @@ def _run(
         rpm=args.rpm,
         model=args.annotator.partition('@')[0],
         judge=_judge_of(args),
+        accept_code=args.accept_code,
     )
     if isinstance(done, CostEstimate):
         print(done)
@@ -568,6 +536,7 @@ _REQUESTS = dict(
         metavar='NAME=VALUE',
         help=f'further numbers of the recipe: {_FURTHER}',
     ),
+    accept_code=dict(action='store_true', help=ACCEPT_CODE),
 )
 
 # %% ../nbs/bench/builder.ipynb #a43565e4

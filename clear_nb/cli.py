@@ -20,6 +20,7 @@ import clear_nb
 from . import bench_files
 from .degrade import SEVERITY
 from .evaluate import finished_state, launched_shard, run_rows
+from .folders import ACCEPT_CODE
 from .presets import read_settings
 from .rows import Reject, read_tsv
 
@@ -210,9 +211,6 @@ _SET = (
     'e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20'
 )
 _INSTRUCTION = 'a last line of every prompt, e.g. "Answer with the letter only." (default: none)'
-_CODE = (
-    'go on with replies that were given before a change of code; the change is noted in run.json'
-)
 _JUDGE = (
     'MODEL@URL of an OpenAI-compatible server that grades open answers (default: rules alone); '
     'its replies are kept in the folder of a run'
@@ -238,7 +236,7 @@ def _bench_options(kinds):
     a.add_argument('--limit', type=int, help=limit)
     a.add_argument('--instruction', help=_INSTRUCTION)
     a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help=_SET)
-    a.add_argument('--accept-code', action='store_true', help=_CODE)
+    a.add_argument('--accept-code', action='store_true', help=ACCEPT_CODE)
     _scoring_options(a)
     a.set_defaults(run=_bench)
 

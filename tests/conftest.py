@@ -4,12 +4,17 @@ of forks per worker.
 
 import os
 
+import hypothesis
 import pytest
 from fork_server import ForkServer
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+# property tests draw the same examples on every machine, and a slow machine fails none of them
+hypothesis.settings.register_profile('suite', derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile('suite')
 
 
 @pytest.hookimpl(trylast=True)

@@ -596,7 +596,7 @@ def test_edited_function(data, tmp_path, monkeypatch, capsys):
         assert main(command(data, tmp_path, '--model', 'python:edited_of_tests:f')) == status, k
     said = capsys.readouterr().err.splitlines()[-1]
     assert (
-        said.startswith(f'clear-nb: {tmp_path / "run"} holds replies of another run (source: ')
+        said.startswith(f'clear-nb: {tmp_path / "run"} was begun with other settings: source: ')
         and 'choose another folder' in said
     )
 

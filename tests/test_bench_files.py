@@ -727,7 +727,7 @@ def test_killed_and_resumed(tmp_path, workers):
     with pytest.raises(ValueError, match='no finished benchmark'):
         bf.read_files(out)
     kw = dict(shard=16, corruptions=['lens_blur', 'gaussian_noise', 'graffiti'])
-    with pytest.raises(ValueError, match=r'seed \(5 there, 6 now\)'):
+    with pytest.raises(ValueError, match=r'seed: 5 there, 6 here'):
         build(read_tsv(path), out, seed=6, **kw)
     (out / '.rows-00099.abcd.tmp.parquet').write_bytes(b'half a file')
     build(read_tsv(path), out, seed=5, **kw)

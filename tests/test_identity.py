@@ -105,7 +105,7 @@ def test_case_of_the_review(monkeypatch):
     line = "digest(), 'little'"
     assert source.count(line) == 1
     other = source.replace(line, "digest(), 'big'")
-    keep = {m: made_from(m) for m in ('scenes', 'bench_files', 'mmd_bench', 'ablations', 'grpo')}
+    keep = {m: made_from(m) for m in ('scenes', 'bench_files', 'builder', 'grpo', 'ablations')}
     monkeypatch.setattr(
         identity, 'module_source', lambda m: other if m == 'core' else module_source(m)
     )

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     # what everything stands on
     'core': [],
     'identity': ['core'],
+    'folders': ['identity'],
     'presets': ['core'],
     'records': ['core', 'presets'],
     'paper': ['core'],
@@ -57,10 +58,10 @@ MAY_IMPORT = {
     # the benchmark
     'rows': ['degrade', 'scenes'],
     'variants': ['rows'],
-    'bench_files': ['variants'],
+    'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
     'wording': [],
-    'evaluate': ['rows', 'wording', 'identity'],
+    'evaluate': ['rows', 'wording', 'folders'],
     'answer': ['generate', 'records'],
     'adapters': ['ask', 'answer', 'data', 'rows', 'server', 'wording'],
     'tables': ['paper', 'stats'],
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     'candidates': ['sources'],
     'pathways': ['candidates', 'scoring', 'server'],
     'annotate': ['pathways'],
-    'builder': ['annotate', 'stored'],
+    'builder': ['annotate', 'stored', 'folders'],
     'cli': ['bench', 'bench_files', 'builder', 'answer', 'adapters'],
     # the study
     'mmd_bench': ['adapters', 'bench_files', 'evaluate', 'scoring', 'data'],
