@@ -25,6 +25,7 @@ from clear_nb.decode import (
 from .flow import Guidance
 from .model import ClearModel
 from .mot import KVCache, select_rows
+from .presets import RESTORE_SHIFT, RESTORE_STEPS
 from clear_nb.restore import (
     RETURN_MODES,
     Restoration,
@@ -92,11 +93,11 @@ class Sampling:
     temperature: float = 0.0  # of the text; 0: greedy
     top_p: float = 1.0  # share of the mass that is kept
     vocab: int = None  # draw from the first ids only (release: 151665); None: all
-    steps: int = 30  # N points of the time grid
-    shift: float = 3.0  # shift of the time grid
+    steps: int = RESTORE_STEPS  # N points of the time grid
+    shift: float = RESTORE_SHIFT  # of the time grid
     sigma: float = 0.0  # noise level of the SDE; 0 is the ODE
     guidance: Guidance = None  # of the restored picture; None: off
-    max_restores: int = 2  # largest number of restorations
+    max_restores: int = 2  # largest number of restorations (authors' script: at most 3 texts)
     mode: str = 'bridge'  # way back into the context, one of RETURN_MODES
     policy: str = 'adaptive'  # one of POLICIES
     record: bool = False  # keep denoising states and returned segments

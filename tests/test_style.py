@@ -39,7 +39,7 @@ MAY_IMPORT = {
     'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images', 'records'],
     'decode': ['model'],
     'restore': ['images', 'decode'],
-    'generate': ['restore'],
+    'generate': ['restore', 'presets'],
     'reward': ['trajectory', 'presets'],
     # the stages
     'server': [],
