@@ -806,7 +806,7 @@ def _check_call(
         ) from e
 
 
-def _import_module(name: str):
+def _import_module(name: str, spec: str):  # spec: for the error
     "Import a module; the current folder counts. ValueError saying what fails, and where."
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -816,7 +816,7 @@ def _import_module(name: str):
         absent = isinstance(e, ModuleNotFoundError) and f'{name}.'.startswith(f'{e.name}.')
         if absent or not name:
             raise ValueError(
-                f'cannot find the module {name!r} ({e}); write python:module:function.'
+                f'cannot find the function {spec!r} ({e}); write python:module:function.'
             ) from e
         raise ValueError(f'{name!r} cannot be imported: {fault_line(e)}; mend it first.') from e
 
@@ -827,7 +827,7 @@ def _find_function(
     "Look a function up; the current folder counts. Raises ValueError naming what is missing."
     module, _, name = spec.partition(':')
     try:
-        f = getattr(_import_module(module), name)
+        f = getattr(_import_module(module, spec), name)
     except AttributeError as e:
         raise ValueError(
             f'cannot find the function {spec!r} ({e}); write python:module:function.'
