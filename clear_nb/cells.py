@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST_INDEX', 'PICTURE_SUFFIXES', 'CellFault', 'cell_text', 'plain_index', 'index_fault', 'split_options',
-           'options_in', 'listed_options', 'option_letter', 'options_of_question', 'without_placeholder',
-           'names_picture', 'decode_base64', 'cell_picture']
+           'options_in', 'listed_options', 'option_letter', 'single_answer', 'options_of_question',
+           'without_placeholder', 'names_picture', 'decode_base64', 'cell_picture']
 
 # %% ../nbs/bench/cells.ipynb #ceab1542
 import ast
@@ -197,16 +197,34 @@ def option_letter(
     found = {*same, *([letter.upper()] if letter else [])}
     return found.pop() if len(found) == 1 else text
 
+# %% ../nbs/bench/cells.ipynb #265ea79e
+def single_answer(value):
+    "Take an answer out of a list of one. CellFault for several answers, or for none of a kind."
+    listed = value
+    if isinstance(value, str) and re.match(r'\s*\[\s*[\'"]', value):
+        listed = _parsed_list(value.strip())
+    if isinstance(listed, np.ndarray):
+        listed = listed.tolist()
+    if isinstance(listed, (list, tuple)):
+        if len(listed) > 1:
+            raise CellFault('unreadable answer', f'{len(listed)} answers: {listed!r:.80}')
+        return single_answer(listed[0]) if listed else ''
+    if isinstance(listed, (dict, bytes)):
+        raise CellFault('unreadable answer', f'{listed!r:.80} is no text')
+    return value
+
 # %% ../nbs/bench/cells.ipynb #3fd28d14
 def options_of_question(question: str, answer) -> tuple:  # stem, options, answer
     "Read options out of a question whose answer is one of them; ({} for an open question)."
-    lone = re.fullmatch(r'\(?[A-Za-z]\)?[.:]?', cell_text(answer).strip())
-    for form in _MARKERS:
-        stem, options = split_options(question, (form,))
-        letter = option_letter(cell_text(answer), options)
-        if letter in options or options and lone and form is _MARKERS[0]:
+    text = cell_text(answer).strip()
+    found = [split_options(question, (form,)) for form in _MARKERS]
+    for stem, options in found:
+        if (letter := option_letter(text, options)) in options:
             return stem, options, letter
-    return question, {}, cell_text(answer).strip()
+    if re.fullmatch(r'\(?[A-Za-z]\)?[.:]?', text):  # a letter, but none of the list
+        stem, options = next((f for f in found if f[1]), (question, {}))
+        return stem, options, text
+    return question, {}, text
 
 # %% ../nbs/bench/cells.ipynb #a7ecad3d
 _PLACEHOLDER = re.compile(
@@ -269,6 +287,17 @@ def decode_base64(text: str) -> bytes:
         raise CellFault('unreadable base64', e) from e
 
 # %% ../nbs/bench/cells.ipynb #89c36a1f
+def _pixels_of_list(value) -> np.ndarray:  # uint8
+    "Turn nested lists of levels into an array, as a data set without a picture type holds them."
+    try:
+        levels = np.asarray(value)
+    except ValueError as e:  # lists of different lengths
+        raise CellFault('undecodable image', e) from e
+    if levels.dtype.kind not in 'iu' or levels.min() < 0 or levels.max() > 255:
+        raise CellFault('undecodable image', f'a list of {levels.dtype} is no list of 8-bit levels')
+    return levels.astype(np.uint8)
+
+
 def _encoded_array(pixels, encode: Callable) -> bytes:
     "Encode an array or a Pillow image."
     try:
@@ -290,6 +319,8 @@ def cell_picture(
         if names_picture(text):
             return _file_bytes(text, folder)
         value = _parsed_list(text) if text.startswith('[') else text
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)):
+        value = _pixels_of_list(value)
     if isinstance(value, (list, tuple)):
         held = [v for v in value if v is not None and not (isinstance(v, str) and v == '')]
         if len(held) > 1:

@@ -37,6 +37,7 @@ from clear_nb.cells import (
     option_letter,
     options_of_question,
     plain_index,
+    single_answer,
     without_placeholder,
 )
 from .core import file_hash, suggest
@@ -133,6 +134,7 @@ REJECT_REASONS = (
     'unusable index',
     'missing roll',
     'unreadable options',
+    'unreadable answer',
     'no answer',
     'answer is no option',
     'too small',
@@ -425,6 +427,7 @@ class _TsvFile:
     where: dict = field(default_factory=dict)  # index to the byte at which its first row starts
     rolls: dict = field(default_factory=dict)  # of `missing_rolls`; empty unless circular
     total: int = 0  # rows
+    lone: int = 0  # rows with a letter as answer and no options anywhere
 
     @cached_property
     def first(self) -> int:  # as in `group_of`
@@ -447,7 +450,13 @@ class _TsvFile:
         lost = [index for missing in self.missing.values() for index in missing]
         counted = f'{len(self.missing)} of {len(self.rolls)} questions lack a roll'
         named = f'rows {", ".join(lost[:5])}{" …" if len(lost) > 5 else ""} are not in the file'
-        return [f'{self.path.name}: {counted} and are left out: {named}'] if lost else []
+        notes = [f'{self.path.name}: {counted} and are left out: {named}'] if lost else []
+        if 2 * self.lone > self.total:
+            notes.append(
+                f'{self.path.name}: {self.lone} of {self.total} answers are a letter and no options '
+                'were found (columns A, B, … or options); only the letter alone counts as right'
+            )
+        return notes
 
 # %% ../nbs/bench/rows.ipynb #b7818edc
 def _option_columns(head: list) -> list:  # names of columns, in the order of the letters
@@ -466,21 +475,32 @@ def _tsv_options(named: dict) -> dict:  # letter to text
     return listed_options(named.get('options') or named.get('choices'))
 
 
+def _option_count(named: dict) -> int:
+    "Count the options of a row, those inside the question too."
+    try:
+        options = _tsv_options(named)
+    except CellFault:
+        return 0
+    return len(options or options_of_question(named['question'], named['answer'])[1])
+
+
 def _survey(path: Path) -> _TsvFile:
     "Find out where the rows of a file start; ValueError for a file without rows."
-    file, total = _TsvFile(path, _header(path)), 0
+    file, total, lone = _TsvFile(path, _header(path)), 0, 0
     circular = is_circular(file.names['benchmark'])
     for start, record in islice(_records(path, 0, file.head), 1, None):
         total += 1
         if isinstance(row := _named_fields(file.head, record), dict):
             index = plain_index(row['index'])
             file.where.setdefault(index, start)
+            options = _option_count(row)
+            lone += options == 0 and bool(re.fullmatch(r'\(?[A-H]\)?[.:]?', row['answer'].strip()))
             if circular and index.isascii() and index.isdigit() and not index_fault(index):
                 own = file.rolls.setdefault(group_of(file.names['benchmark'], index), {})
-                own[index] = sum(bool(row.get(c)) for c in _option_columns(file.head))
+                own[index] = options
     if not total:
         raise ValueError(f'{path.name} has column names and no rows: download it again')
-    return replace(file, total=total)
+    return replace(file, total=total, lone=lone)
 
 # %% ../nbs/bench/rows.ipynb #bf6169c1
 def _settled(
@@ -535,7 +555,7 @@ def _tsv_row(file: _TsvFile, named: dict, follow: Callable) -> BenchmarkRow:
         group=group,
         picture=pointer or index,
         **file.names,
-        **_settled(texts, _tsv_options(named), named['answer']),
+        **_settled(texts, _tsv_options(named), single_answer(named['answer'])),
     )
 
 # %% ../nbs/bench/rows.ipynb #ab0c2655
@@ -594,10 +614,13 @@ def _dataset_row(
     "Turn a row of a data set into a benchmark row."
     plain = {k: c for k, c in columns.items() if k not in ('image', 'options', 'answer', 'index')}
     texts = {k: cell_text(row[c]) for k, c in plain.items()}
+    no_text = [c for c in plain.values() if isinstance(row[c], (list, dict, bytes))]
     index = plain_index(row[columns['index']]) if 'index' in columns else str(number)
     try:
+        if no_text:
+            raise CellFault('malformed row', f'column {no_text[0]} holds no text')
         options = listed_options(_cell(row, columns['options'])) if 'options' in columns else {}
-        settled = _settled(texts, options, row[columns['answer']])
+        settled = _settled(texts, options, single_answer(row[columns['answer']]))
         image = cell_picture(_cell(row, columns['image']), encode_picture)
     except CellFault as e:
         return Reject(number, index, e.reason, e.detail)
