@@ -205,7 +205,7 @@ def _write_info(out: Path, rejects: list):
 # %% ../nbs/bench/bench_files.ipynb #46ed22e6
 def check_file_name(name: str):
     "Raise ValueError for a name of a benchmark that cannot be the name of a file."
-    has_path = {'/', '\\', ':'} & {*name} or name.strip('. ') == ''
+    has_path = {'/', '\\', ':'} & {*name} or not name.strip('. ')
     if has_path or not name.isprintable() or name[:1] in '-.' or len(name.encode()) > 150:
         raise ValueError(
             f'a benchmark called {name!a:.80} cannot be written: its name becomes the name of a '
@@ -314,9 +314,19 @@ def read_info(folder) -> dict:
     return info
 
 # %% ../nbs/bench/bench_files.ipynb #5a4528e5
-def _row_of(record: dict) -> BenchmarkRow:
+def _row_of(record: dict, path: Path) -> BenchmarkRow:  # path: of its file, for messages
+    "Make a row of a record. ValueError for one that build_files did not write."
+    try:
+        options = json.loads(record['options'])
+        if None in record.values() or not isinstance(options, dict):
+            raise ValueError('a cell is empty')
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f'{path}: row {record["index"]!a:.80} is damaged ({e}): '
+            'delete the folder and build it again'
+        ) from e
     values = {k: v for k, v in record.items() if k != 'digest'}
-    return BenchmarkRow(**values | dict(options=json.loads(record['options'])))
+    return BenchmarkRow(**values | dict(options=options))
 
 
 def _may_hold(
@@ -343,7 +353,7 @@ def _selected(paths: list, wanted: dict) -> Iterator:  # BenchmarkRows
                     continue
                 for record in _read_group(path, file, number):
                     if all(v in (None, record[k]) for k, v in wanted.items()):
-                        yield _row_of(record)
+                        yield _row_of(record, path)
 
 # %% ../nbs/bench/bench_files.ipynb #1a9faa9a
 def read_files(
@@ -376,7 +386,7 @@ def _verify_file(path: Path, noted: str) -> Iterator:  # digests of its rows
             f'{path} does not hold what was written: delete the folder and build it again'
         )
     for record in chain.from_iterable(_scan([path])):
-        row = _row_of(record)
+        row = _row_of(record, path)
         if row_fault(row) or row_digest(row, pixel_hash(row.pixels())) != record['digest']:
             raise ValueError(f'{path}: row {row.key} does not show what its digest says')
         yield record['digest']
@@ -445,7 +455,9 @@ def write_tsv(folder) -> list:  # paths
                 wanted = dict(benchmark=benchmark, severity=severity)
                 if corruption:
                     wanted['corruption'] = corruption
-                paths.append(folder / f'{file_name(benchmark, corruption, severity)}.tsv')
+                name = file_name(benchmark, corruption, severity)
+                check_file_name(name)
+                paths.append(folder / f'{name}.tsv')
                 if not paths[-1].exists():
                     _write_one_tsv(paths[-1], shards, wanted)
     return [path for path in paths if path.exists()]

@@ -313,7 +313,9 @@ def cell_picture(
 ) -> bytes:  # of a file; b'' for a missing picture
     "Get the bytes of the picture that a cell holds. CellFault for a cell without a reading."
     if isinstance(value, dict):
-        value = value.get('bytes') or value.get('path')
+        if not value.get('bytes') and value.get('path'):
+            return _file_bytes(value['path'], folder)
+        value = value.get('bytes')
     if isinstance(value, str):
         text = cell_text(value).strip()
         if names_picture(text):

@@ -38,6 +38,7 @@ from clear_nb.cells import (
     options_of_question,
     plain_index,
     single_answer,
+    split_options,
     without_placeholder,
 )
 from .core import file_hash, suggest
@@ -224,6 +225,10 @@ def parse_name(
 
 def file_name(benchmark: str, corruption: str, severity: str) -> str:  # without .tsv
     "Form the name of a file as the release does."
+    if severity == 'clean' and not corruption:
+        return benchmark
+    if severity not in _LEVELS.values():
+        raise ValueError(f'severity {severity!r}: {suggest(severity, _LEVELS.values())}')
     level = next(k for k, v in _LEVELS.items() if v == severity)
     if not corruption:
         return f'{benchmark}_LOW_LEVEL_{level}'
@@ -269,11 +274,12 @@ def _is_whole_row(line: str, head: list) -> bool:  # head: column names
     "Tell whether a line is a row by itself: all columns, and something for a picture."
     if not head or line.count('\t') < len(head) - 1:
         return False
-    fields = _next_record(csv.reader([line], delimiter='\t'))
-    if not isinstance(fields, list) or len(fields) != len(head):
-        return False
-    image = dict(zip(head, fields)).get('image', '1').strip()
-    return len(image) > LONGEST_INDEX or image.isdigit() or names_picture(image)
+    for cells in (line.split('\t'), _next_record(csv.reader([line], delimiter='\t'))):
+        if isinstance(cells, list) and len(cells) == len(head):
+            image = dict(zip(head, cells)).get('image', '1').strip(' "')
+            if len(image) > LONGEST_INDEX or image.isdigit() or names_picture(image):
+                return True
+    return False
 
 # %% ../nbs/bench/rows.ipynb #045d1ff3
 def _runs_on(lines: list, record, head: list) -> bool:  # record: of several lines
@@ -526,6 +532,15 @@ def _settled(
         texts = dict(texts, question=stem or whole, prompt=whole)
     return dict(texts, options=options, answer=letter)
 
+# %% ../nbs/bench/rows.ipynb #639da88f
+def _shown_once(texts: dict, options: dict) -> dict:
+    "Show a question that lists its options itself as it is written, without a second list."
+    stem, listed = split_options(texts['question'])
+    same = listed and [*map(str.strip, options.values())] == [*listed.values()]
+    if texts.get('prompt') or not same or not stem:
+        return texts
+    return dict(texts, question=stem, prompt=texts['question'])
+
 # %% ../nbs/bench/rows.ipynb #289dadc8
 TSV_COLUMNS = dict(  # field of BenchmarkRow to column of the file
     question='question',
@@ -549,13 +564,16 @@ def _tsv_row(file: _TsvFile, named: dict, follow: Callable) -> BenchmarkRow:
     image = _own_picture(named, file.path.parent)
     pointer = plain_index(named['image']) if image is None else ''
     texts = {k: named.get(column, '') for k, column in TSV_COLUMNS.items() if k != 'answer'}
+    options = _tsv_options(named)
+    if not _option_columns(list(named)):  # VLMEvalKit shows those of columns twice
+        texts = _shown_once(texts, options)
     return BenchmarkRow(
         index=index,
         image=follow(pointer) if pointer else image,
         group=group,
         picture=pointer or index,
         **file.names,
-        **_settled(texts, _tsv_options(named), single_answer(named['answer'])),
+        **_settled(texts, options, single_answer(named['answer'])),
     )
 
 # %% ../nbs/bench/rows.ipynb #ab0c2655
@@ -620,7 +638,9 @@ def _dataset_row(
         if no_text:
             raise CellFault('malformed row', f'column {no_text[0]} holds no text')
         options = listed_options(_cell(row, columns['options'])) if 'options' in columns else {}
-        settled = _settled(texts, options, single_answer(row[columns['answer']]))
+        settled = _settled(
+            _shown_once(texts, options), options, single_answer(row[columns['answer']])
+        )
         image = cell_picture(_cell(row, columns['image']), encode_picture)
     except CellFault as e:
         return Reject(number, index, e.reason, e.detail)

@@ -180,6 +180,14 @@ READ = {  # kind: changed cells, expected fields
         dict(A=None, B=None, prompt='Which? A. cat B. dog'),
         dict(options=dict(A='cat', B='dog'), prompt='Which? A. cat B. dog'),
     ),
+    'options in a list and in the question': (
+        dict(A=None, B=None, choices="['cat', 'dog']", question='Which? Choices: (A) cat (B) dog'),
+        dict(question='Which?', prompt='Which? Choices: (A) cat (B) dog', answer='B'),
+    ),
+    'options in columns and in the question': (
+        dict(question='Which? (A) cat (B) dog'),
+        dict(question='Which? (A) cat (B) dog', prompt=''),
+    ),
     'None stays a word': (dict(A='None', B='NA'), dict(options=dict(A='None', B='NA'))),
     'nan is missing': (dict(C='nan', D='NaN', hint='nan'), dict(options=dict(A='cat', B='dog'))),
     'placeholder with a number': (dict(question='<image 1> Which?'), dict(question='Which?')),
@@ -588,6 +596,28 @@ def test_names_of_benchmarks(built, tmp_path, name):
     with pytest.raises(ValueError, match='cannot be written'):
         bf.build_files(rows, tmp_path / 'new', relative=True, progress=False)
     assert {p for p in tmp_path.rglob('*') if p.suffix in ('.tsv', '.parquet')} <= before
+
+
+def test_names_of_corruptions(built, tmp_path):
+    """The other parts of a file name come from the note as well."""
+    for changes in (dict(corruptions=['x/../../y'], design='full'), dict(severities=['../low'])):
+        (tmp_path / str(len(changes))).mkdir()
+        out = copied(built, tmp_path / str(len(changes)), **changes)
+        with pytest.raises(ValueError, match="cannot be written|severity '../low'"):
+            bf.write_tsv(out)
+
+
+def test_damaged_cells(built, tmp_path):
+    """A file with our columns and cells that build_files never writes."""
+    out = copied(built, tmp_path)
+    path = out / 'rows-00000.parquet'
+    table = pq.read_table(path)
+    for column, value in (('options', '['), ('options', '[]'), ('question', None)):
+        at = table.schema.get_field_index(column)
+        cells = pa.array([value] * len(table), pa.string())
+        pq.write_table(table.set_column(at, table.schema.field(at), cells), path)
+        with pytest.raises(ValueError, match='rows-00000.parquet: row .* is damaged'):
+            list(bf.read_files(out))
 
 
 def test_foreign_parquet(built, tmp_path):
