@@ -188,8 +188,8 @@ def _open_file(source, name: str) -> Image.Image:  # source: path or bytes
             return _to_rgb(img)
     except UnidentifiedImageError as e:
         raise ValueError(
-            f'open_image: {name} is not an image in a known format '
-            f'({", ".join(PICTURE_FORMATS)}); replace or remove the file.'
+            f'open_image: {name} is not an image in a known format; replace or remove the file '
+            f'(known are {", ".join(PICTURE_FORMATS)}).'
         ) from e
     except Image.DecompressionBombError as e:  # Pillow's own limit lies above ours
         raise ValueError(

@@ -359,7 +359,7 @@ def test_controls_are_arguments(lab, monkeypatch):
     [
         ([], 'choose an image file.'),
         ([file('notes.txt', b'hello')], 'notes.txt is not an image in a known format'),
-        ([file('half.png', png(noise())[:200])], 'cannot use'),
+        ([file('half.png', png(noise())[:200])], 'cannot decode half.png'),
         ([file('dot.png', png(noise(2, 2)))], '2 x 2 pixels; choose one of at least 8'),
     ],
 )
