@@ -552,10 +552,10 @@ def _answers(
 # %% ../nbs/bench/adapters.ipynb #39309ea7
 def _data_url(row: BenchmarkRow) -> str:
     "Write the picture of a row as a URL. Raises ValueError naming the row."
-    from clear_nb.images import plain_rgb
+    from clear_nb.images import open_header, plain_rgb
 
     picture, data = _picture(row), row.image
-    with Image.open(io.BytesIO(data)) as image:
+    with open_header(data) as image:
         kind = image.format if plain_rgb(image) else ''
     if not kind:
         kind, file = 'PNG', io.BytesIO()
