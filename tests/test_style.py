@@ -22,6 +22,7 @@ MAY_IMPORT = {
     'core': [],
     'identity': ['core'],
     'folders': ['identity'],
+    'signals': [],
     'presets': ['core'],
     'records': ['core', 'presets'],
     'paper': ['core'],
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     # the benchmark
     'cells': ['images'],
     'rows': ['cells', 'degrade', 'scenes'],
-    'variants': ['rows'],
+    'variants': ['rows', 'signals'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
     'wording': [],
@@ -70,12 +71,13 @@ MAY_IMPORT = {
     'figures': ['tables'],
     'artefacts': ['stats'],
     'bench': ['evaluate', 'scoring', 'artefacts', 'records'],
-    'sources': ['images', 'rows'],
+    'sources': ['images', 'presets', 'rows'],
     'candidates': ['sources'],
-    'pathways': ['candidates', 'scoring', 'server'],
+    'pathways': ['candidates', 'scoring', 'server', 'wording'],
     'annotate': ['pathways'],
     'builder': ['annotate', 'stored', 'folders'],
-    'cli': ['bench', 'bench_files', 'builder', 'answer', 'adapters'],
+    'corrupting': ['rows'],
+    'cli': ['bench', 'bench_files', 'builder', 'answer', 'adapters', 'corrupting', 'signals'],
     # the study
     'mmd_bench': ['adapters', 'bench_files', 'evaluate', 'scoring', 'data'],
     'recipes': ['sft', 'bridge', 'grpo'],
@@ -88,7 +90,7 @@ MAY_IMPORT = {
     'scale': ['images', 'model', 'paper'],
     'readme': ['core'],
     'contents': ['readme'],
-    'pipeline': ['identity', 'readme', 'records'],
+    'pipeline': ['folders', 'identity', 'readme', 'records', 'signals'],
 }
 
 
