@@ -24,7 +24,6 @@ from .rows import BenchmarkRow
 from .scoring import answer_text, read_yesno
 from .server import Refused
 from .sources import BuildRecipe
-from .wording import INSTRUCTION
 
 # %% ../nbs/bench/pathways.ipynb #6abcb104
 def row_of_candidate(candidate: dict) -> BenchmarkRow:

@@ -61,11 +61,10 @@ from clear_nb.sources import (
     read_picture,
     read_recipe,
 )
-from clear_nb.wording import INSTRUCTION
 from clear_nb.stored import read_manifest
 from clear_nb.tables import table8
 from clear_nb.trajectory import parse
-from clear_nb.wording import Reply
+from clear_nb.wording import INSTRUCTION, Reply
 
 N, ROWS = 60, 600
 RECIPE = BuildRecipe(n=N, share=1.0, spare=100.0, relative=True)
