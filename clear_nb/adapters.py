@@ -44,7 +44,7 @@ from .ask import ask_model, autocast_for, fast_precision, row_noise, weights_has
 from .core import file_hash, suggest
 from .data import Item, make_picture_set, needs_no_resize, picture_segments
 from .flow import Guidance
-from .images import ResizeRule, plain_rgb
+from .images import ResizeRule, open_header, plain_rgb
 from .model import ClearModel
 from .presets import dataclass_from
 from .records import Clock
@@ -369,7 +369,7 @@ def _answers(
 def _data_url(row: BenchmarkRow) -> str:
     "Write the picture of a row as a URL. Raises ValueError naming the row."
     picture, data = _picture(row), row.image
-    with Image.open(io.BytesIO(data)) as image:
+    with open_header(data) as image:
         kind = image.format if plain_rgb(image) else ''
     if not kind:
         kind, file = 'PNG', io.BytesIO()

@@ -52,6 +52,8 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
         raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
         rows = read_tsv(path)
+        for note in rows.notes:
+            print(f'clear-nb: {note}', file=sys.stderr)
         named = (_with_file_name(r, path.name) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     info = bench_files.read_info(path)

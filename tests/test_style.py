@@ -56,7 +56,8 @@ MAY_IMPORT = {
     'grpo': ['base', 'judge', 'stored'],
     'watch': ['stats', 'train', 'data', 'reward'],
     # the benchmark
-    'rows': ['degrade', 'scenes'],
+    'cells': ['images'],
+    'rows': ['cells', 'degrade', 'scenes'],
     'variants': ['rows'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
