@@ -459,7 +459,7 @@ def _token_to_write(processor) -> str:  # '' where the processor or its template
     blank = Image.new('RGB', (64, 64))
     try:
         tried = processor(text=['a'], images=[[blank]], return_tensors='pt')
-    except Exception:  # it misses the token
+    except (ValueError, TypeError, LookupError, RuntimeError):  # it misses the token
         return token
     number = processor.tokenizer.convert_tokens_to_ids(token)
     return '' if (tried['input_ids'] == number).any() else token

@@ -37,7 +37,21 @@ PLAIN = st.one_of(
     st.integers(-(10**18), 10**18),
     st.floats(allow_nan=False),
 )
-ODD_TEXTS = ('1:30', '0b1', '1_000', 'no', 'Yes', 'on', '2026-12-01', '<<', '=', '0x', '1e', '①', '²')
+ODD_TEXTS = (
+    '1:30',
+    '0b1',
+    '1_000',
+    'no',
+    'Yes',
+    'on',
+    '2026-12-01',
+    '<<',
+    '=',
+    '0x',
+    '1e',
+    '①',
+    '²',
+)
 
 
 def written(value) -> str:
