@@ -208,10 +208,10 @@ def test_command(folder, photo, tmp_path, capsys, monkeypatch):
         (['--question', ' '], 'question is empty'),
         (['--question', 'a' * 300], 'shorten the question'),
         (['--model', 'nowhere'], 'no checkpoint at nowhere'),
-        (['--steps', '1'], 'use at least 2'),
+        (['--steps', '1'], 'steps must be at least 2, got 1'),
         (['--out', 'x.doc'], "unknown kind of image '.doc'"),
         (['--out', 'no/where.png'], 'no folder no; make it first'),
-        (['--device', 'foo'], "there is no device 'foo' here; choose cpu"),
+        (['--device', 'foo'], "there is no device 'foo'; write cpu"),
         (['--device', 'cuda:77'], "no device 'cuda:77'"),
     ],
 )
@@ -283,7 +283,7 @@ def test_interrupted(folder, photo, capsys, monkeypatch):
     def stop(*a, **kw):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('clear_nb.answer.generate', stop)
+    monkeypatch.setattr('clear_nb.generate.generate', stop)
     assert main(command(folder, photo)) == 130
     assert capsys.readouterr().err == 'clear-nb: stopped.\n'
 
