@@ -307,9 +307,10 @@ def _serve(args: argparse.Namespace):
     try:
         serve = import_module('clear_nb.serve').serve
     except ModuleNotFoundError as e:
-        if e.name not in ('starlette', 'uvicorn'):
+        package = (e.name or '').partition('.')[0]
+        if package not in ('starlette', 'uvicorn'):
             raise
-        raise ValueError(f"serve needs {e.name}: pip install 'clear-nb[serve]'.") from None
+        raise ValueError(f"serve needs {package}: pip install 'clear-nb[serve]'.") from None
     given = {k: getattr(args, k) for k in ('batch', 'device', 'dtype')}
     given = {k: v for k, v in given.items() if v is not None}
     try:

@@ -111,11 +111,11 @@ def part(url):
     return dict(type='image_url', image_url=dict(url=url))
 
 
-def asked(row=ROWS[0], pictures=None, text=None, **fields):
+def asked(about=ROWS[0], pictures=None, text=None, **fields):
     """A request about a row."""
-    own = [part(data_url(Image.fromarray(row.pixels())))]
+    own = [part(data_url(Image.fromarray(about.pixels())))]
     content = [*(own if pictures is None else pictures)]
-    content.append(dict(type='text', text=row.prompt if text is None else text))
+    content.append(dict(type='text', text=about.prompt if text is None else text))
     return dict(model='grpo', messages=[dict(role='user', content=content)]) | fields
 
 
@@ -149,8 +149,10 @@ def test_a_reply_carries_the_trajectory(served, adapter):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
     answer = complete(served, asked(content='answer')).choices[0].message.content
     assert f'<answer> {answer}</answer>' in text and answer == adapter(ROWS[:1])[0].text
-    parts = [dict(type='text', text=t) for t in ROWS[0].prompt.split(' ', 1)]
-    assert parts  # a text in two parts is joined by a line break, so it is another question
+    own = Image.fromarray(ROWS[0].pixels())
+    parts = [*(dict(type='text', text=t) for t in ('', '')), part(data_url(own))]
+    apart = [dict(role='user', content=parts), dict(role='user', content=ROWS[0].prompt)]
+    assert complete(served, asked(messages=apart)).choices[0].message.content  # one question
 
 
 def test_a_restored_picture_is_a_data_url(tmp_path):
@@ -240,16 +242,20 @@ BAD = {
     'half a character': (
         json.dumps(asked(text='what \ud83d')).encode(),
         400,
-        'messages.0.content',
+        'the body is no JSON',
     ),
     'another model': (asked(model='gpt-x'), 404, "only 'grpo'"),
     'a NaN temperature': (
         json.dumps(asked(temperature=float('nan'))).encode(),
         400,
-        'NaN is no number',
+        'temperature: input should be a finite number',
     ),
     'a huge temperature': (asked(temperature=1e9), 400, 'temperature: input should be less'),
-    'infinite temperature': (b'{"model": "grpo", "temperature": 1e999}', 400, 'finite number'),
+    'infinite temperature': (
+        b'{"model": "grpo", "messages": [], "temperature": 1e999}',
+        400,
+        'finite number',
+    ),
     'a temperature of words': (asked(temperature='hot'), 400, 'temperature: input should be'),
     'a top_p of 0': (asked(top_p=0), 400, 'top_p'),
     'no tokens': (asked(max_tokens=0), 400, 'max_tokens: input should be greater'),
