@@ -621,16 +621,18 @@ class ServerAdapter(Adapter):
         tries: Count = 8,  # of one request
         rpm: Positive = None,  # requests per minute; None: no limit
         max_new_tokens: Count = MAX_NEW_TOKENS,
+        name_rows: bool = False,  # tell `clear-nb serve` which row each request is about
         **options,  # further fields of the request; None leaves a field out
     ):
         from clear_nb.server import Server
 
         _check_options(options, key_env)
         self.server = Server(model, base_url, key_env, timeout, tries, rpm)
-        self.workers = workers
+        self.workers, self.name_rows = workers, name_rows
         fields = dict(temperature=0, max_tokens=max_new_tokens) | options
         self.options = {name: value for name, value in fields.items() if value is not None}
         about = dict(base_url=self.server.url, options=self.options)
+        about |= dict(name_rows=True) if name_rows else {}
         super().__init__(model, batch or 4 * workers, instruction, **about)
 
     def __call__(self, rows: list) -> list:  # Replies
@@ -654,7 +656,11 @@ def _ask_row(self: ServerAdapter, row: BenchmarkRow):  # Reply or Refused
     try:
         picture = dict(type='image_url', image_url=dict(url=_data_url(row)))
         text = dict(type='text', text=self.prompt(row))
-        answer, about = self.server.ask([picture, text], **self.options)
+        options = self.options
+        if self.name_rows:
+            row_name = dict(row=dict(benchmark=row.benchmark, index=row.index))
+            options = options | dict(extra_body=options.get('extra_body', {}) | row_name)
+        answer, about = self.server.ask([picture, text], **options)
     except Refused as e:
         return e
     except (ValueError, OSError) as e:
