@@ -467,13 +467,14 @@ def _sum_window(
     band,  # (5, ...) int16 from `_fill_band`
     start,  # where the window begins in the band
     n,  # pixels of the window
-    point,  # (5,) int32, the point that moves
+    points,  # (m, 5) int32: row, column and colour of points
+    p,  # row of the point that moves
     r2,  # uint16, squared colour radius
     stretch,  # pixels whose sums fit in 16 bits, a multiple of 32
 ) -> tuple:  # six int32: number, rows, columns, reds, greens, blues
     "Sum the pixels of a window whose colour is near the point's; for numba."
-    y, x, zero, most = point[0], point[1], np.int16(0), np.uint16(20_000)
-    red, green, blue = np.int16(point[2]), np.int16(point[3]), np.int16(point[4])
+    y, x, zero, most = points[p, 0], points[p, 1], np.int16(0), np.uint16(20_000)
+    red, green, blue = np.int16(points[p, 2]), np.int16(points[p, 3]), np.int16(points[p, 4])
     count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int32(0)
     for done in range(0, n, stretch):
         part = min(stretch, n - done)
@@ -496,12 +497,13 @@ def _sum_window(
         sum_y += np.int32(np.int16(far_y - near * y))
         sum_x += np.int32(np.int16(far_x - near * x))
         sum_r, sum_g, sum_b = sum_r + far_r, sum_g + far_g, sum_b + far_b
-    sum_y, sum_x, sum_r = sum_y + count * y, sum_x + count * x, sum_r + count * point[2]
-    return count, sum_y, sum_x, sum_r, sum_g + count * point[3], sum_b + count * point[4]
+    sum_y, sum_x, sum_r = sum_y + count * y, sum_x + count * x, sum_r + count * red
+    return count, sum_y, sum_x, sum_r, sum_g + count * green, sum_b + count * blue
 
 # %% ../nbs/world/degrade.ipynb #b2d4b0c9
 def _move_point(
-    point,  # (5,) int32, a row of `state`, changed in place
+    state,  # (n, 5) int32, changed in place
+    p,  # row of the point
     sums,  # of `_sum_window`
 ) -> bool:  # does it go on?
     "Move a point to the mean of its window; for numba."
@@ -510,21 +512,23 @@ def _move_point(
     moved, recoloured, share = 0, 0, 1 / sums[0]
     for k in range(5):
         new = np.int32(np.rint(sums[k + 1] * share))
-        step = new - point[k]
+        step = new - state[p, k]
         if k < 2:
             moved += abs(step)
         else:
             recoloured += step * step
-        point[k] = new
+        state[p, k] = new
     return moved > 0 and moved + recoloured > 1
 
 # %% ../nbs/world/degrade.ipynb #a7691584
 def _same_colour(
-    one,  # (5,) int32, a row of `state`
-    other,  # (5,) int32
+    one,  # (n, 5) int32, points as in `state`
+    k,  # row of `one`
+    two,  # (n, 5) int32
+    p,  # row of `two`
 ) -> bool:
     "Compare the colours of two points; for numba."
-    return one[2] == other[2] and one[3] == other[3] and one[4] == other[4]
+    return one[k, 2] == two[p, 2] and one[k, 3] == two[p, 3] and one[k, 4] == two[p, 4]
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c07
 def _move_points(
@@ -543,22 +547,21 @@ def _move_points(
     before, last_here = np.zeros((width, 5), np.int32), np.full(width, -1)
     goes_on, row = np.zeros(len(state), np.bool_), -1
     for p in order:
-        point = state[p]
-        y, x = point[0], point[1]
+        y, x, column = state[p, 0], state[p, 1], state[p, 1] - left
         if y != row:
             row, last_here[:] = y, -1
             _fill_band(band, held, image, left, width, slots[y])
-        column = x - left
         twin, last_here[column] = last_here[column], p
-        if twin >= 0 and _same_colour(before[column], point):
+        if twin >= 0 and _same_colour(before, column, state, p):
             for k in range(5):
-                point[k] = state[twin, k]
+                state[p, k] = state[twin, k]
             goes_on[p] = goes_on[twin]
             continue
         for k in range(5):
-            before[column, k] = point[k]
+            before[column, k] = state[p, k]
         start, end = (spans[x, 0] - left) * depth, (spans[x, 1] - left) * depth
-        goes_on[p] = _move_point(point, _sum_window(band, start, end - start, point, r2, stretch))
+        sums = _sum_window(band, start, end - start, before, column, r2, stretch)
+        goes_on[p] = _move_point(state, p, sums)
     return goes_on
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c08
