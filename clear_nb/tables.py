@@ -29,6 +29,7 @@ from clear_nb.stats import (
     record_cells,
     scores_frame,
     seed_interval,
+    share_average,
     share_mean,
     verdict,
 )
@@ -99,7 +100,7 @@ def _benchmark_scores(
 
     cells = {b: share_mean(found[b], stream(b)) if b in found else UNKNOWN for b in benchmarks}
     outcomes = [found.get(b, []) for b in benchmarks]
-    return dict(cells, AVG=bootstrap_average(outcomes, stream('AVG')))
+    return dict(cells, AVG=share_average(outcomes, stream('AVG')))
 
 # %% ../nbs/study/tables.ipynb #65d4aa3c
 def _beside(
@@ -163,7 +164,8 @@ def clean_hard_drop(frame: pd.DataFrame, model: str, benchmarks: Sequence) -> di
     groups = {s: [x.get(b, np.zeros(0)) for b in benchmarks] for s, x in found.items()}
     pairs = zip(groups['clean'], groups['hard'])
     groups['drop'] = [c - h if len(c) == len(h) else [] for c, h in pairs]
-    return {k: bootstrap_average(v, rng('report', model, k, 'AVG')) for k, v in groups.items()}
+    means = dict(clean=share_average, hard=share_average, drop=bootstrap_average)
+    return {k: means[k](v, rng('report', model, k, 'AVG')) for k, v in groups.items()}
 
 # %% ../nbs/study/tables.ipynb #66fa1c31
 def _unreadable(frame: pd.DataFrame, model: str, severity: str, benchmarks: Sequence) -> float:
@@ -282,7 +284,8 @@ def table10(
         for column, outcomes in _paired(base, clear, _members(paper, r)).items():
             stream = rng('table10', column, r['category'], r['corruption'])
             title = _GAIN_TITLES[column]
-            row[f'{title} (ours, {scale})'] = bootstrap_average(outcomes, stream)
+            average = bootstrap_average if column == 'delta' else share_average
+            row[f'{title} (ours, {scale})'] = average(outcomes, stream)
             row[f'{title} (paper, 7B)'] = r[column]
         rows.append(row)
     return pd.DataFrame(rows)
@@ -586,7 +589,7 @@ def decision_share(
     for b, (seeds, cell) in _decisions(records, model).items():
         cases = [100.0 * ((g == generated) & (c == correct)) for g, c in seeds]
         outcomes.append(independent_outcomes(np.mean(cases, 0), cell, b))
-    return bootstrap_average(outcomes, rng('decision', model, 'hard', generated, correct))
+    return share_average(outcomes, rng('decision', model, 'hard', generated, correct))
 
 # %% ../nbs/study/tables.ipynb #100ff2d1
 def _worth(records: Sequence, models: Sequence, generated: int, reward: float) -> float | None:
@@ -707,7 +710,7 @@ def _trigger_cells(
         if benchmark in sets:
             cells[s] = share_mean(sets[benchmark], rng(*where, s))
         else:
-            cells[s] = bootstrap_average(list(sets.values()), rng(*where, s))
+            cells[s] = share_average(list(sets.values()), rng(*where, s))
     for a, b in _STEPS:
         steps = [found[b][k] - found[a][k] for k in found[b] if k in found[a]]
         cells[f'{b} − {a}'] = bootstrap_average(steps, rng(*where, a, b))
