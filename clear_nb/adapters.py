@@ -274,10 +274,12 @@ def _segments(self: ClearAdapter, row: BenchmarkRow) -> tuple:  # row, segments
     return row, prompt
 
 # %% ../nbs/bench/adapters.ipynb #540c0f9e
-def _finish_of(rollout, limit: int) -> str:  # 'stop' or 'length'
+def _finish_of(rollout, limit: int):  # 'stop' or 'length'; None: its tokens are not recorded
     "Tell how the last text of a trajectory ended."
     from clear_nb.trajectory import MARKER
 
+    if not rollout.turns:
+        return None
     last = rollout.turns[-1]
     whole = last.ended or len(last.ids) < limit or rollout.texts[-1].endswith(MARKER)
     return 'stop' if whole else 'length'
