@@ -56,7 +56,7 @@ _PNG_RUNS = [*_PNG_REPEATS, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_R
 def _png_flags(bgr: np.ndarray) -> list:  # bgr: (H, W, 3) uint8
     "Choose how OpenCV packs a PNG: as runs, unless the search for repeats saves 7 %."
     middle = len(bgr) // 2
-    strip = bgr[max(0, middle - 16) : middle + 16]
+    strip = bgr[max(0, middle - 8) : middle + 8]
     runs, repeats = (len(cv2.imencode('.png', strip, f)[1]) for f in (_PNG_RUNS, _PNG_REPEATS))
     return _PNG_RUNS if runs <= 1.07 * repeats else _PNG_REPEATS
 
