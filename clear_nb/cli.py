@@ -52,6 +52,8 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
         raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
         rows = read_tsv(path)
+        for note in rows.notes:
+            print(f'clear-nb: {note}', file=sys.stderr)
         named = (_with_file_name(r, path.name) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     info = bench_files.read_info(path)
@@ -174,7 +176,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
 def _bench(args: argparse.Namespace) -> int:  # exit status
     "Ask and report."
     shard = launched_shard()  # first, because it decides the device
-    given = {k: getattr(args, k) for k in ('instruction', 'batch')}
+    given = {k: getattr(args, k) for k in ('instruction', 'batch', 'device', 'dtype')}
     given = {k: v for k, v in given.items() if v is not None}
     adapters = import_module('clear_nb.adapters')
     adapter = adapters.open_adapter(args.model, **read_settings(args.set) | given)
@@ -211,6 +213,10 @@ _SET = (
     'e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20'
 )
 _INSTRUCTION = 'a last line of every prompt, e.g. "Answer with the letter only." (default: none)'
+_DEVICE = 'of clear: and hf: models: cpu, cuda, … (default: cuda if there is one)'
+_DTYPE = (
+    'number format of their weights: float32, bfloat16 or float16 (default: that of the folder)'
+)
 _JUDGE = (
     'MODEL@URL of an OpenAI-compatible server that grades open answers (default: rules alone); '
     'its replies are kept in the folder of a run'
@@ -235,6 +241,8 @@ def _bench_options(kinds):
     limit = 'questions per benchmark and severity, at least 1 (default: all)'
     a.add_argument('--limit', type=int, help=limit)
     a.add_argument('--instruction', help=_INSTRUCTION)
+    a.add_argument('--device', help=_DEVICE)
+    a.add_argument('--dtype', help=_DTYPE)
     a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help=_SET)
     a.add_argument('--accept-code', action='store_true', help=ACCEPT_CODE)
     _scoring_options(a)
@@ -265,12 +273,84 @@ def _compare_options(kinds):
     _scoring_options(a)
     a.set_defaults(run=_compare)
 
+# %% ../nbs/bench/cli.ipynb #a7bf7b4a
+def _import(args: argparse.Namespace) -> int:  # exit status
+    "Import replies and report."
+    exchange = import_module('clear_nb.exchange')
+    rows, content, outline = rows_of_all(args.data, None)
+    adapter = exchange.read_kit(args.source, args.files, outline, args.name)
+    about = dict(content=content, data=' '.join(map(str, args.data)), outline=outline)
+    exchange.import_run(adapter, rows, args.out, **about)
+    for remark in adapter.remarks:
+        print(f'clear-nb: {remark}', file=sys.stderr)
+    return _report([args.out], args, 'finish them in the kit and import into another folder')
+
+
+def _import_options(kinds):
+    "Add the command `import`."
+    a = kinds.add_parser('import', help=COMMANDS['import'], epilog=_STATUS)
+    kits = ['vlmevalkit', 'lmms-eval']
+    a.add_argument('--from', dest='source', choices=kits, required=True, help='who wrote the files')
+    files = 'files of the kit; SET=FILE where the name of a file does not say its rows'
+    a.add_argument('files', nargs='+', metavar='FILE', help=files)
+    a.add_argument('--data', type=Path, nargs='+', required=True, help=_DATA)
+    a.add_argument('--out', type=Path, required=True, help='folder of the run, a new one')
+    a.add_argument('--name', default='', help='of the model (default: as the files say)')
+    _scoring_options(a)
+    a.set_defaults(run=_import)
+
+# %% ../nbs/bench/cli.ipynb #1ba3db71
+def _port(text: str) -> int:
+    "Read a port. ArgumentTypeError for one that does not exist."
+    if not text.isdecimal() or not int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f'a port is a number from 0 to 65535, found {text!r}')
+    return int(text)
+
+
+def _serve(args: argparse.Namespace):
+    "Serve until the process is stopped. ValueError for no folder, or where the extra is missing."
+    kind, colon, folder = args.model.partition(':')
+    if kind != 'clear' or not Path(folder).is_dir():
+        raise ValueError(f'there is no CLEAR model at {args.model!r}: write clear:FOLDER.')
+    try:
+        serve = import_module('clear_nb.serve').serve
+    except ModuleNotFoundError as e:
+        package = (e.name or '').partition('.')[0]
+        if package not in ('starlette', 'uvicorn'):
+            raise
+        raise ValueError(f"serve needs {package}: pip install 'clear-nb[serve]'.") from None
+    given = {k: getattr(args, k) for k in ('batch', 'device', 'dtype')}
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        serve(args.model, args.port, args.host, args.content, **read_settings(args.set) | given)
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt('the server has stopped.') from e
+
+
+def _serve_options(kinds):
+    "Add the command `serve`."
+    a = kinds.add_parser('serve', help=COMMANDS['serve'])
+    a.add_argument('--model', required=True, help='clear:FOLDER, what `answer` opens')
+    a.add_argument('--port', type=_port, default=8000, help='0 takes any free one (default: 8000)')
+    host = 'address to listen on (default: 127.0.0.1, which only this machine reaches)'
+    a.add_argument('--host', default='127.0.0.1', help=host)
+    forms = ('trajectory', 'answer')
+    what = 'what the text of a reply holds (default: trajectory)'
+    a.add_argument('--content', choices=forms, default=forms[0], help=what)
+    a.add_argument('--batch', type=int, help="requests answered together (default: the preset's)")
+    a.add_argument('--device', help='cpu, cuda, … (default: cuda if there is one)')
+    a.add_argument('--dtype', help='number format of the weights (default: that of the folder)')
+    a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help=_SET)
+    a.set_defaults(run=_serve)
+
 # %% ../nbs/bench/cli.ipynb #3f8c2690
 COMMANDS = {
     'answer': 'ask one question about one picture',
     'bench': 'ask a model all questions of a benchmark and report its accuracy',
     'compare': 'report finished runs side by side, with paired differences; no model is asked',
     'build-data': 'training data from a data set like LLaVA-OneVision',
+    'import': 'turn replies that VLMEvalKit or lmms-eval collected into a run',
+    'serve': 'put a CLEAR model behind an OpenAI-compatible address',
 }
 
 
@@ -295,6 +375,8 @@ _OPTIONS = {
     'bench': _bench_options,
     'compare': _compare_options,
     'build-data': _build_options,
+    'import': _import_options,
+    'serve': _serve_options,
 }
 
 # %% ../nbs/bench/cli.ipynb #ed6d14c2
