@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 ONE_OPENCV := ./packaging/opencv-python
 HEADLESS := 'opencv-python-headless>=4.14,<5'
 
-.PHONY: help reproduce reproduce-all figures test audit env
+.PHONY: help reproduce reproduce-all figures outputs test audit env
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -35,6 +35,12 @@ reproduce-all: $(READY) ## every seed, stage and ablation, JOBS seeds side by si
 figures: export MPLBACKEND = agg
 figures: $(READY) ## redraw every table and figure, and the README, from the committed records
 	$(BIN)/python -c 'from clear_nb.pipeline import SUMMARY_NOTEBOOKS, run, write_readme; [run(n, "$(PRESET)", None, force=True) for n in sorted(SUMMARY_NOTEBOOKS)]; write_readme()'
+
+outputs: export OMP_NUM_THREADS = 1
+outputs: export MPLBACKEND = module://matplotlib_inline.backend_inline
+outputs: $(READY) ## run every chapter and keep its pictures and values in the notebook
+	find nbs -mindepth 2 -name '*.ipynb' -not -path '*/.*' | sort | xargs -n 1 -P $(JOBS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN
+	$(BIN)/nbdev_clean
 
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg

@@ -26,7 +26,7 @@ ROLLS = 4  # of a question in our MMBench
 
 def row_number(benchmark: str, index: str) -> int | str:
     "Number a benchmark row from 0; an index that is no number stays as it is."
-    if not index.isdecimal():
+    if not (index.isascii() and index.isdecimal() and len(index) < 19):
         return index
     number = int(index)
     if benchmark == 'mmbench':

@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from . import degrade as dg
 from .core import atomic_path, progress_bar, rng
@@ -126,6 +128,13 @@ def parquet_options(schema: pa.Schema) -> dict:
     )
 
 # %% ../nbs/bench/candidates.ipynb #76dc28c8
+class _LogNote(TypedDict):
+    at: tuple[int, int]
+    counts: dict[str, int]
+    rejects: list[tuple[str, str, str]]
+    done: bool
+
+
 @dataclass
 class SelectionLog:
     "What was learned from the blocks of one file, beside its candidates."
@@ -141,16 +150,17 @@ class SelectionLog:
 
     @classmethod
     def of(cls, path: Path):
-        "Read the log of a file; ValueError for a damaged one."
+        "Read the log of a file; ValueError for a damaged one, or for a file of another program."
         try:
             d = json.loads(pq.read_metadata(path).metadata[b'builder'])
+            TypeAdapter(_LogNote).validate_python(d)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
-            raise _damage(path, e) from e
+            raise _damage(path, ' '.join(str(e).split())[:200]) from e
         rejects = [tuple(r) for r in d['rejects']]
         return cls(tuple(d['at']), Counter(d['counts']), rejects, d['done'])
 
 
-def _damage(path: Path, error: Exception) -> ValueError:
+def _damage(path: Path, error) -> ValueError:  # error: an exception or a text
     return ValueError(
         f'{path} is damaged ({error}): delete it and the files behind it, and start again.'
     )
@@ -276,6 +286,9 @@ def read_columns(path: Path, columns: Iterable) -> Iterator:  # dicts
     "Read columns of a file, a row group at a time; ValueError for a damaged file."
     try:
         with pq.ParquetFile(path) as file:
+            missing = set(columns) - set(file.schema_arrow.names)
+            if missing:
+                raise _damage(path, f'it has no column {min(missing)!r}')
             for k in range(file.num_row_groups):
                 yield from file.read_row_group(k, list(columns)).to_pylist()
     except (pa.ArrowException, OSError) as e:

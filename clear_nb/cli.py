@@ -52,6 +52,8 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
         raise FileNotFoundError(f'no benchmark at {path}; build one or name a folder that exists.')
     if path.is_file():
         rows = read_tsv(path)
+        for note in rows.notes:
+            print(f'clear-nb: {note}', file=sys.stderr)
         named = (_with_file_name(r, path.name) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     info = bench_files.read_info(path)
@@ -174,7 +176,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
 def _bench(args: argparse.Namespace) -> int:  # exit status
     "Ask and report."
     shard = launched_shard()  # first, because it decides the device
-    given = {k: getattr(args, k) for k in ('instruction', 'batch')}
+    given = {k: getattr(args, k) for k in ('instruction', 'batch', 'device', 'dtype')}
     given = {k: v for k, v in given.items() if v is not None}
     adapters = import_module('clear_nb.adapters')
     adapter = adapters.open_adapter(args.model, **read_settings(args.set) | given)
@@ -211,6 +213,10 @@ _SET = (
     'e.g. guidance.text=4 guidance.image=2 or extra_body.top_k=20'
 )
 _INSTRUCTION = 'a last line of every prompt, e.g. "Answer with the letter only." (default: none)'
+_DEVICE = 'of clear: and hf: models: cpu, cuda, … (default: cuda if there is one)'
+_DTYPE = (
+    'number format of their weights: float32, bfloat16 or float16 (default: that of the folder)'
+)
 _JUDGE = (
     'MODEL@URL of an OpenAI-compatible server that grades open answers (default: rules alone); '
     'its replies are kept in the folder of a run'
@@ -235,6 +241,8 @@ def _bench_options(kinds):
     limit = 'questions per benchmark and severity, at least 1 (default: all)'
     a.add_argument('--limit', type=int, help=limit)
     a.add_argument('--instruction', help=_INSTRUCTION)
+    a.add_argument('--device', help=_DEVICE)
+    a.add_argument('--dtype', help=_DTYPE)
     a.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help=_SET)
     a.add_argument('--accept-code', action='store_true', help=ACCEPT_CODE)
     _scoring_options(a)

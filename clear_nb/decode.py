@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLANKS', 'prefill', 'Noise', 'draw_tokens', 'feed_token', 'Phrase', 'cached_phrase', 'TokenSequence', 'BanUntil',
-           'ForceNext', 'FirstIds', 'Turn', 'decode_text']
+           'ForceNext', 'FirstIds', 'Turn', 'NotFinite', 'decode_text']
 
 # %% ../nbs/method/decode.ipynb #1b689023
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -300,6 +301,16 @@ def _allowed_logits(
     return logits
 
 # %% ../nbs/method/decode.ipynb #4047ab95
+class NotFinite(ValueError):
+    "A model that computes NaN or infinity, from which nothing can be drawn."
+
+    def __init__(self, doing: str):
+        super().__init__(
+            f'the model computes NaN or infinity while it {doing}: its weights are damaged, '
+            'or its number format is too narrow; open another checkpoint or use --dtype float32.'
+        )
+
+
 @torch.no_grad()
 def decode_text(
     model: ClearModel,
@@ -310,7 +321,7 @@ def decode_text(
     stop: list = (),  # Phrase or TokenSequence: a text ends behind each of them
     banned: list = (),  # bans
 ) -> list:  # (R,) Turn
-    "Write one text per row into the cache: bos, sampled tokens, eos."
+    "Write one text per row into the cache: bos, sampled tokens, eos. Raises NotFinite."
     R, limit, start, eos = cache.rows, u.shape[1] - 1, cache.lens, model.shape.eos
     turns = [Turn() for _ in range(R)]
     part, rows = cache, torch.arange(R)  # the rows still in work, and their numbers in `cache`
@@ -320,6 +331,8 @@ def decode_text(
         logits = _allowed_logits(model, part, ids, active, writing, banned)
         numbers = u[rows[active], step].to(logits.device)
         drawn, logp = (t.tolist() for t in draw_tokens(logits, numbers, temperature, top_p))
+        if any(map(math.isnan, logp)):
+            raise NotFinite('writes a text')
         goes_on = [not t.add(k, lp, eos, limit, stop) for t, k, lp in zip(writing, drawn, logp)]
         ids[active] = torch.tensor(drawn)
         active = active.masked_scatter(active, torch.tensor(goes_on))

@@ -8,7 +8,6 @@ __all__ = ['PHOTO', 'PICTURE_COLORS', 'ATTENTION_COLOR', 'drawn_scene', 'uploade
            'figure_pictures', 'figure_restorations', 'figure_attention']
 
 # %% ../nbs/study/explore.ipynb #439a2d8f
-import io
 import re
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.patheffects import withStroke
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from . import flow
@@ -56,14 +55,7 @@ def uploaded(
     content: bytes,  # of the file
 ) -> Image.Image:  # RGB
     "Open the picture in an uploaded file. Raises ValueError when there is none."
-    try:
-        return open_image(Image.open(io.BytesIO(content)))
-    except UnidentifiedImageError:
-        message = f'{name} is not an image in a known format; choose a PNG or JPEG file.'
-        raise ValueError(message) from None
-    except Image.DecompressionBombError:
-        message = f'{name} claims more pixels than can be opened; shrink it first.'
-        raise ValueError(message) from None
+    return open_image(content, name)
 
 # %% ../nbs/study/explore.ipynb #01dc0009
 def fit_picture(

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .data import Item
+from .images import open_image
 from clear_nb.mmd_bench import (
     BENCHMARK_PROTOCOLS,
     SUBJECTS,
@@ -124,7 +125,7 @@ def picture_text(image: np.ndarray) -> str:  # (H, W, 3) uint8
 
 def text_picture(text: str) -> np.ndarray:  # (H, W, 3) uint8
     "Read a picture back, exactly."
-    return np.array(Image.open(io.BytesIO(base64.b64decode(text))))
+    return np.array(open_image(base64.b64decode(text)))
 
 # %% ../nbs/study/gallery.ipynb #9f6beb71
 def entry(

@@ -8,6 +8,7 @@ __all__ = ['POLICIES', 'POLICIES_WITHOUT_RESTORATION', 'Rollout', 'stop_and_ban'
 
 # %% ../nbs/method/generate.ipynb #0f24f09d
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from fastcore.basics import patch
@@ -25,6 +26,18 @@ from clear_nb.decode import (
 from .flow import Guidance
 from .model import ClearModel
 from .mot import KVCache, select_rows
+from clear_nb.presets import (
+    RESTORE_SHIFT,
+    RESTORE_STEPS,
+    Amount,
+    Count,
+    GridPoints,
+    InRange,
+    Policy,
+    Positive,
+    Share,
+    Weight,
+)
 from clear_nb.restore import (
     RETURN_MODES,
     Restoration,
@@ -60,7 +73,7 @@ class Rollout:
         return parse(self.texts)
 
 # %% ../nbs/method/generate.ipynb #0e3d0a02
-POLICIES = ('adaptive', 'never', 'direct', 'always')
+POLICIES = get_args(Policy)
 POLICIES_WITHOUT_RESTORATION = ('never', 'direct')
 
 # %% ../nbs/method/generate.ipynb #b6a173fe
@@ -85,18 +98,18 @@ def stop_and_ban(
 
 # %% ../nbs/method/generate.ipynb #bf7f3962
 @dataclass(frozen=True)
-class Sampling:
-    "Settings of a generation. Raises ValueError for an unknown mode or policy."
+class Sampling(InRange):
+    "Settings of a generation. Raises ValueError for an unknown mode or policy, or a bad number."
 
-    max_new: int = 48  # largest number of tokens of a text
-    temperature: float = 0.0  # of the text; 0: greedy
-    top_p: float = 1.0  # share of the mass that is kept
-    vocab: int = None  # draw from the first ids only (release: 151665); None: all
-    steps: int = 30  # N points of the time grid
-    shift: float = 3.0  # shift of the time grid
-    sigma: float = 0.0  # noise level of the SDE; 0 is the ODE
+    max_new: Count = 48  # largest number of tokens of a text
+    temperature: Weight = 0.0  # of the text; 0: greedy
+    top_p: Share = 1.0  # share of the mass that is kept
+    vocab: Count = None  # draw from the first ids only (release: 151665); None: all
+    steps: GridPoints = RESTORE_STEPS  # N points of the time grid
+    shift: Positive = RESTORE_SHIFT  # of the time grid
+    sigma: Weight = 0.0  # noise level of the SDE; 0 is the ODE
     guidance: Guidance = None  # of the restored picture; None: off
-    max_restores: int = 2  # largest number of restorations
+    max_restores: Amount = 2  # largest number of restorations (authors' script: at most 3 texts)
     mode: str = 'bridge'  # way back into the context, one of RETURN_MODES
     policy: str = 'adaptive'  # one of POLICIES
     record: bool = False  # keep denoising states and returned segments
@@ -105,6 +118,7 @@ class Sampling:
         for value, allowed in ((self.mode, RETURN_MODES), (self.policy, POLICIES)):
             if value not in allowed:
                 raise ValueError(f"Sampling: unknown '{value}'; use {', '.join(allowed)}")
+        super().__post_init__()
         if self.sigma and self.guidance and self.guidance.on:
             raise ValueError(
                 'Sampling: guidance and sigma > 0 exclude each other; use sigma=0 or leave '

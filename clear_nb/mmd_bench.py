@@ -499,7 +499,7 @@ def __call__(self: SubjectAdapter, rows: list) -> list:  # Replies
         rollouts = self.rollouts(rows)
     share, kind = clock.seconds / len(rows), self.subject.kind
     answers = [read_subject_answer(r.texts, kind) for r in rollouts]
-    details = [trajectory_detail(r) for r in rollouts]
+    details = [trajectory_detail(r, self.sampling.max_new) for r in rollouts]
     return [Reply(a, 'answer', d, share) for a, d in zip(answers, details)]
 
 # %% ../nbs/study/mmd_bench.ipynb #18f6cf4b

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import flow
 from .core import progress_bar
-from .decode import prefill
+from .decode import NotFinite, prefill
 from .flow import Guidance
 from .images import image_tensor
 from .model import ClearConfig, ClearModel, Hidden, cache_layout
@@ -121,6 +121,8 @@ def restore(
     x = torch.cat(tokens).to(model.device)
     fresh = torch.cat(list(step_noise), 1).to(model.device) if sigma else None
     path = list(_denoise(x, velocity, grid, sigma, fresh, progress))
+    if not path[-1].isfinite().all():
+        raise NotFinite('restores a picture')
     states = torch.stack(path if record else path[-1:]).split([len(t) for t in tokens], 1)
     done = []
     for s, z in zip(states, noise):

@@ -1179,7 +1179,7 @@ def _easy_images(split):
     from PIL import Image
 
     paths = getattr(_easy_package(), f'get_{split}_image_paths')()
-    return {i: np.array(Image.open(p).convert('RGB')) for i, p in paths.items()}
+    return {i: np.array(Image.open(p, formats=['PNG']).convert('RGB')) for i, p in paths.items()}
 
 # %% ../nbs/world/scenes.ipynb #5413f158
 def easy_vqa(

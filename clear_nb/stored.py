@@ -6,7 +6,6 @@
 __all__ = ['REMAKE', 'read_manifest', 'named_if_damaged', 'read_row_group', 'stored_rows', 'StoredItem', 'open_training']
 
 # %% ../nbs/stages/stored.ipynb #2efbd96d
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,7 +88,7 @@ class StoredItem:
 
     def picture(self, column: str) -> Image.Image:
         path, group, row = self.place
-        return open_image(Image.open(io.BytesIO(read_row_group(path, group)[row][column])))
+        return open_image(read_row_group(path, group)[row][column])
 
     @property
     def clean(self) -> np.ndarray:  # uint8 (H, W, 3)

@@ -25,30 +25,33 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .core import atomic_path
+from .presets import InRange, Layers, Side, Size
 
 # %% ../nbs/method/vae.ipynb #8d8a547d
 @dataclass(frozen=True)
-class VaeConfig:
+class VaeConfig(InRange):
     "Shape and convention of the autoencoder; the defaults are FLUX's."
 
-    ch: int = 128  # channels of the first level
-    ch_mult: tuple[int, ...] = (
+    ch: Size = 128  # channels of the first level
+    ch_mult: tuple[Size, ...] = (
         1,
         2,
         4,
         4,
     )  # channel factors; each level but the last halves a side
-    blocks: int = 2  # residual blocks per level (the decoder has one more)
-    z: int = 16  # latent channels
-    in_channels: int = 3
-    out_channels: int = 3
+    blocks: Layers = 2  # residual blocks per level (the decoder has one more)
+    z: Size = 16  # latent channels
+    in_channels: Size = 3
+    out_channels: Size = 3
     scale: float = 0.3611  # latent = scale * (z - shift)
     shift: float = 0.1159
-    groups: int = 32  # of the group normalisation
-    fold: int = 1  # pixels moved into channels before the first level
+    groups: Size = 32  # of the group normalisation
+    fold: Side = 1  # pixels moved into channels before the first level
 
     def __post_init__(self):
-        object.__setattr__(self, 'ch_mult', tuple(self.ch_mult))  # JSON brings a list
+        if isinstance(self.ch_mult, list):  # from JSON
+            object.__setattr__(self, 'ch_mult', tuple(self.ch_mult))
+        super().__post_init__()
         if any(c % self.groups for c in self.widths):
             raise ValueError(
                 f'VaeConfig: widths {self.widths} are no multiples of groups={self.groups}; '

@@ -6,7 +6,6 @@
 __all__ = ['ROW_GROUP_SIZE', 'VariantPlan', 'variant_groups', 'make_records']
 
 # %% ../nbs/bench/variants.ipynb #42511c63
-import io
 import json
 import multiprocessing
 import warnings
@@ -22,10 +21,10 @@ from traceback import format_exc
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from . import degrade as dg
 from .core import rng, suggest
+from .images import open_header
 from clear_nb.rows import (
     BenchmarkRow,
     Reject,
@@ -85,7 +84,7 @@ def _variants_of(plan: VariantPlan, row: BenchmarkRow) -> list:  # (corruption, 
 # %% ../nbs/bench/variants.ipynb #775cc2b6
 def _too_small(plan: VariantPlan, row: BenchmarkRow, corruption: str, severity: str) -> str:
     "Say why a picture is too small for a variant; '' when it fits."
-    size = Image.open(io.BytesIO(row.image)).size
+    size = open_header(row.image).size
     scale = max(size) / dg.REFERENCE_SIDE if plan.relative else 1.0
     least = dg.CORRUPTIONS[corruption].min_size(dg.SEVERITY[severity], scale)
     if min(size) >= least[0] and max(size) >= least[1]:

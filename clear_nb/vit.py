@@ -18,22 +18,25 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from .presets import InRange, Layers, Positive, Side, Size
+
 # %% ../nbs/method/vit.ipynb #41abfac7
 @dataclass(frozen=True)
-class VitConfig:
+class VitConfig(InRange):
     "Shape of the encoder; the defaults are BAGEL's: SigLIP so400m/14 without its last layer."
 
-    hidden: int = 1152
-    layers: int = 26
-    heads: int = 16
-    intermediate: int = 4304
-    patch: int = 14  # pixels per patch side
-    side: int = 70  # largest number of patches per side
-    eps: float = 1e-6
-    table_base: float = 10000.0  # of the position table at initialisation
+    hidden: Size = 1152
+    layers: Layers = 26
+    heads: Size = 16
+    intermediate: Size = 4304
+    patch: Side = 14  # pixels per patch side
+    side: Side = 70  # largest number of patches per side
+    eps: Positive = 1e-6
+    table_base: Positive = 10000.0  # of the position table at initialisation
     act: str = 'gelu_pytorch_tanh'
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hidden % self.heads or self.hidden % 4:
             raise ValueError(
                 f'VitConfig: hidden={self.hidden} must be a multiple of heads={self.heads} '

@@ -208,10 +208,10 @@ def test_command(folder, photo, tmp_path, capsys, monkeypatch):
         (['--question', ' '], 'question is empty'),
         (['--question', 'a' * 300], 'shorten the question'),
         (['--model', 'nowhere'], 'no checkpoint at nowhere'),
-        (['--steps', '1'], 'use at least 2'),
+        (['--steps', '1'], 'steps must be at least 2, got 1'),
         (['--out', 'x.doc'], "unknown kind of image '.doc'"),
         (['--out', 'no/where.png'], 'no folder no; make it first'),
-        (['--device', 'foo'], "there is no device 'foo' here; choose cpu"),
+        (['--device', 'foo'], "there is no device 'foo'; write cpu"),
         (['--device', 'cuda:77'], "no device 'cuda:77'"),
     ],
 )
@@ -253,7 +253,7 @@ def test_animation_is_said(folder, tmp_path, capsys):
     frames = [Image.fromarray(noise()), Image.fromarray(noise(40, 30)[::-1].copy())]
     frames[0].save(tmp_path / 'a.gif', save_all=True, append_images=frames[1:])
     assert main(command(folder, tmp_path / 'a.gif', '--policy', 'never')) == 0
-    assert 'has 2 frames; only the first is used' in capsys.readouterr().err
+    assert 'has several frames; only the first is used' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
@@ -283,7 +283,7 @@ def test_interrupted(folder, photo, capsys, monkeypatch):
     def stop(*a, **kw):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('clear_nb.answer.generate', stop)
+    monkeypatch.setattr('clear_nb.generate.generate', stop)
     assert main(command(folder, photo)) == 130
     assert capsys.readouterr().err == 'clear-nb: stopped.\n'
 

@@ -732,13 +732,13 @@ def test_interrupted_server(tmp_path):
         (['--data', 'nowhere'], 'no benchmark at nowhere'),
         (['--set', 'heat=1'], "unexpected keyword argument 'heat'"),
         (['--set', 'heat'], 'write NAME=VALUE'),
-        (['--batch', '-1'], 'at least one sample'),
+        (['--batch', '-1'], 'batch must be at least 1, got -1'),
         (['--limit', '0'], 'limit must be at least 1, got 0'),
         (
             ['--model', f'clear:{ROOT / "checkpoints" / "tiny" / "grpo"}', '--set', 'device=foo'],
-            "no device 'foo' here; choose cpu",
+            "no device 'foo'; write cpu",
         ),
-        (['--model', 'hf:./nowhere', '--set', 'device=foo'], "no device 'foo' here"),
+        (['--model', 'hf:./nowhere', '--set', 'device=foo'], "no device 'foo'"),
     ],
 )
 def test_command_refusals(data, tmp_path, more, sentence, capsys):

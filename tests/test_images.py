@@ -202,7 +202,9 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     img = Image.open(tmp_path / f'a.{suffix}')
     img.seek(1)
     for src in (tmp_path / f'a.{suffix}', img):
-        with pytest.warns(UserWarning, match=rf'a.{suffix} has 2 frames; only the first is used'):
+        with pytest.warns(
+            UserWarning, match=rf'a.{suffix} has several frames; only the first is used'
+        ):
             opened = open_image(src)
         r, g, b = np.asarray(opened).reshape(-1, 3)[0].astype(int)
         assert r > 200 and b < 60

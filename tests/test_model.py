@@ -477,7 +477,7 @@ def test_wrong_configurations_are_named(tmp_path):
 def test_an_interrupted_save_leaves_nothing(tmp_path):
     "A checkpoint is complete or not there."
     model = tiny_model(3)
-    model.cfg = replace(model.cfg, connector_act=object())  # cannot be written as JSON
+    model.cfg = replace(model.cfg, llm={'hidden_size': object()})  # cannot be written as JSON
     with pytest.raises(TypeError):
         model.save_pretrained(tmp_path / 'm')
     assert list(tmp_path.iterdir()) == []

@@ -228,7 +228,7 @@ CASES = {
     ),
     'json': (
         lambda d: (d / 'vit_config.json').write_text('{'),
-        'vit_config.json cannot be read as JSON',
+        'vit_config.json is damaged',
     ),
     'tokenizer': (
         lambda d: (d / 'tokenizer.json').unlink() or (d / 'vocab.json').unlink(),

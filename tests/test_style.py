@@ -32,14 +32,14 @@ MAY_IMPORT = {
     # the method
     'images': ['core'],
     'flow': ['core'],
-    'vae': ['core'],
-    'vit': ['core'],
+    'vae': ['core', 'presets'],
+    'vit': ['core', 'presets'],
     'mot': ['core'],
     'trajectory': ['core', 'vae', 'vit', 'mot'],
-    'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images', 'records'],
+    'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images', 'records', 'folders'],
     'decode': ['model'],
     'restore': ['images', 'decode'],
-    'generate': ['restore'],
+    'generate': ['restore', 'presets'],
     'reward': ['trajectory', 'presets'],
     # the stages
     'server': [],
@@ -56,7 +56,8 @@ MAY_IMPORT = {
     'grpo': ['base', 'judge', 'stored'],
     'watch': ['stats', 'train', 'data', 'reward'],
     # the benchmark
-    'rows': ['degrade', 'scenes'],
+    'cells': ['images'],
+    'rows': ['cells', 'degrade', 'scenes'],
     'variants': ['rows'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
@@ -193,10 +194,10 @@ def test_no_silent_failure(path):
 
 
 def test_lines_are_narrow():
-    """At most 100 characters at the 90th percentile; the 13 lines above 140 do not become more."""
+    """At most 100 characters at the 90th percentile, none above 140."""
     widths = [w for p in MODULES for w in style.widths(p)]
     assert np.percentile(widths, 90) <= 100
-    assert sum(w > 140 for w in widths) <= 13
+    assert max(widths) <= 140
 
 
 def test_functions_say_little():
@@ -213,5 +214,5 @@ def test_names_have_one_meaning():
 
 
 def test_docstrings_begin_with_a_verb():
-    """The 33 docstrings that begin otherwise do not become more."""
-    assert len(style.openings(ROOT)) <= 33
+    """No function's docstring begins with a word that cannot be an imperative verb."""
+    assert style.openings(ROOT) == []

@@ -1,14 +1,27 @@
-"""Write small random image-text-to-text models to folders: LLaVA, Qwen2-VL, Idefics3."""
+"""Write small random image-text-to-text models to folders: LLaVA, Qwen2-VL, Idefics3, SmolVLM,
+BLIP-2, InstructBLIP, Florence-2.
+"""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -19,6 +32,11 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from clear_nb.core import torch_rng
@@ -50,8 +68,8 @@ VISION = dict(
 )
 
 
-def bytewise(*special):
-    "Make a tokenizer of single bytes and some special tokens."
+def bytewise(*special, **named):
+    "Make a tokenizer of single bytes and some special tokens; `named` ones become attributes."
     special = ['<pad>', '<s>', '</s>', *special]
     vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(models.BPE({token: k for k, token in enumerate(vocabulary)}, []))
@@ -59,7 +77,11 @@ def bytewise(*special):
     t.decoder = decoders.ByteLevel()
     t.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>'
+        tokenizer_object=t,
+        pad_token='<pad>',
+        bos_token='<s>',
+        eos_token='</s>',
+        extra_special_tokens=named,
     )
 
 
@@ -139,12 +161,13 @@ def qwen(folder):
     return _save(folder, processor, Qwen2VLForConditionalGeneration(config))
 
 
+TILES = [f'<row_{r}_col_{c}>' for r in range(1, 5) for c in range(1, 5)]
+TILE_TOKENS = ('<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>')
+
+
 def idefics(folder):
     "Make an Idefics3, which cuts a picture into tiles; SmolVLM has this form."
-    rows = [f'<row_{r}_col_{c}>' for r in range(1, 5) for c in range(1, 5)]
-    t = bytewise(
-        '<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>', *rows
-    )
+    t = bytewise(*TILE_TOKENS, *TILES)
     config = Idefics3Config(
         image_token_id=t.convert_tokens_to_ids('<image>'),
         scale_factor=2,
@@ -159,3 +182,105 @@ def idefics(folder):
         chat_template=TEMPLATE.replace('IMAGE', '<image>'),
     )
     return _save(folder, processor, Idefics3ForConditionalGeneration(config))
+
+
+def smolvlm(folder):
+    "Make a SmolVLM, whose processor has a template method of its own; it needs num2words."
+    t = bytewise(*TILE_TOKENS, *TILES, '<video>')
+    config = SmolVLMConfig(
+        image_token_id=t.convert_tokens_to_ids('<image>'),
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config=dict(VISION),
+        text_config=dict(model_type='llama', vocab_size=len(t), **TEXT),
+    )
+    sides = dict(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32))
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**sides),
+        t,
+        SmolVLMVideoProcessor(**sides),
+        image_seq_len=4,
+        chat_template=TEMPLATE.replace('IMAGE', '<image>'),
+    )
+    return _save(folder, processor, SmolVLMForConditionalGeneration(config))
+
+
+BLIP = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+OPT = dict(
+    model_type='opt',
+    hidden_size=32,
+    word_embed_proj_dim=32,
+    ffn_dim=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=1024,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def _blip_parts(t, **qformer):
+    "Make the numbers of a BLIP model with four query tokens."
+    return dict(
+        vision_config=dict(**BLIP, image_size=32, patch_size=8),
+        qformer_config=dict(**BLIP, vocab_size=len(t), encoder_hidden_size=32, **qformer),
+        text_config=dict(**OPT, vocab_size=len(t)),
+        num_query_tokens=4,
+        image_token_index=t.convert_tokens_to_ids('<image>'),
+    )
+
+
+def blip2(folder):
+    "Make a BLIP-2, whose processor puts the picture's tokens in front by itself."
+    t = bytewise('<image>')
+    pictures = BlipImageProcessor(size=dict(height=32, width=32))
+    processor = Blip2Processor(pictures, t, num_query_tokens=4)
+    return _save(folder, processor, Blip2ForConditionalGeneration(Blip2Config(**_blip_parts(t))))
+
+
+def instructblip(folder):
+    "Make an InstructBLIP, which reads the question twice and places the picture by itself."
+    t = bytewise('<image>')
+    pictures = BlipImageProcessor(size=dict(height=32, width=32))
+    processor = InstructBlipProcessor(pictures, t, bytewise('<image>'), num_query_tokens=4)
+    config = InstructBlipConfig(**_blip_parts(t))
+    return _save(folder, processor, InstructBlipForConditionalGeneration(config))
+
+
+def florence2(folder):
+    "Make a Florence-2, an encoder-decoder whose processor places the picture by itself."
+    t = bytewise(image_token='<image>')
+    text = BartConfig(
+        vocab_size=len(t),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
+    vision = dict(
+        depths=(1, 1),
+        patch_size=(7, 3),
+        patch_stride=(4, 2),
+        patch_padding=(3, 1),
+        patch_prenorm=(False, True),
+        embed_dim=(16, 32),
+        num_heads=(2, 4),
+        num_groups=(2, 4),
+        window_size=4,
+        projection_dim=32,
+    )
+    image = t.convert_tokens_to_ids('<image>')
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=image)
+    sides = dict(size=dict(height=32, width=32), crop_size=dict(height=32, width=32))
+    pictures = CLIPImageProcessor(**sides, image_seq_length=17)
+    return _save(folder, Florence2Processor(pictures, t), Florence2ForConditionalGeneration(config))
