@@ -43,7 +43,6 @@ from clear_nb.answer import (
     without_tokens,
 )
 from .core import file_hash, suggest
-from .images import open_header
 from .presets import Count, Positive, checked, dataclass_from
 from .records import Clock
 from .rows import BenchmarkRow
@@ -555,7 +554,7 @@ def _answers(
 # %% ../nbs/bench/adapters.ipynb #39309ea7
 def _data_url(row: BenchmarkRow) -> str:
     "Write the picture of a row as a URL. Raises ValueError naming the row."
-    from clear_nb.images import plain_rgb
+    from clear_nb.images import open_header, plain_rgb
 
     picture, data = _picture(row), row.image
     with open_header(data) as image:
