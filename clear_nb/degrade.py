@@ -463,6 +463,34 @@ def _fill_band(
                 band[2 + c, place] = image[row, left + k, c] if row < len(image) else _NO_COLOUR
 
 # %% ../nbs/world/degrade.ipynb #65401ae4
+def _sum_stretch(
+    band,  # (5, ...) int16 from `_fill_band`
+    first,  # where the stretch begins in the band
+    n,  # pixels of the stretch, whose sums fit in 16 bits
+    colour,  # three int16: red, green and blue of the point
+    r2,  # uint16, squared colour radius
+) -> tuple:  # six int16: number, rows, columns; reds, greens, blues minus those of the point
+    "Sum the pixels of a part of a window whose colour is near the point's; for numba."
+    red, green, blue = colour
+    zero, most = np.int16(0), np.uint16(20_000)
+    near = far_y = far_x = far_r = far_g = far_b = zero
+    for k in range((n + 31) // 32 * 32):
+        q = np.uintp(first + k)
+        yk, xk, dr = band[0, q], band[1, q], np.int16(band[2, q] - red)
+        dg, db = np.int16(band[3, q] - green), np.int16(band[4, q] - blue)
+        cut = min(np.int16(abs(dr)), np.int16(104))
+        gap = np.uint16(np.uint16(cut * cut) + min(np.uint16(dg * dg), most))
+        gap = np.uint16(gap + min(np.uint16(db * db), most))
+        is_near = (gap <= r2) & (np.int16(k) < np.int16(n))
+        near = np.int16(near + np.int16(is_near))
+        far_y = np.int16(far_y + (yk if is_near else zero))
+        far_x = np.int16(far_x + (xk if is_near else zero))
+        far_r = np.int16(far_r + (dr if is_near else zero))
+        far_g = np.int16(far_g + (dg if is_near else zero))
+        far_b = np.int16(far_b + (db if is_near else zero))
+    return near, far_y, far_x, far_r, far_g, far_b
+
+
 def _sum_window(
     band,  # (5, ...) int16 from `_fill_band`
     start,  # where the window begins in the band
@@ -473,26 +501,13 @@ def _sum_window(
     stretch,  # pixels whose sums fit in 16 bits, a multiple of 32
 ) -> tuple:  # six int32: number, rows, columns, reds, greens, blues
     "Sum the pixels of a window whose colour is near the point's; for numba."
-    y, x, zero, most = points[p, 0], points[p, 1], np.int16(0), np.uint16(20_000)
-    red, green, blue = np.int16(points[p, 2]), np.int16(points[p, 3]), np.int16(points[p, 4])
+    y, x = points[p, 0], points[p, 1]
+    red, green, blue = points[p, 2], points[p, 3], points[p, 4]
+    colour = np.int16(red), np.int16(green), np.int16(blue)
     count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int32(0)
     for done in range(0, n, stretch):
         part = min(stretch, n - done)
-        near = far_y = far_x = far_r = far_g = far_b = zero
-        for k in range((part + 31) // 32 * 32):
-            q = np.uintp(start + done + k)
-            yk, xk, dr = band[0, q], band[1, q], np.int16(band[2, q] - red)
-            dg, db = np.int16(band[3, q] - green), np.int16(band[4, q] - blue)
-            cut = min(np.int16(abs(dr)), np.int16(104))
-            gap = np.uint16(np.uint16(cut * cut) + min(np.uint16(dg * dg), most))
-            gap = np.uint16(gap + min(np.uint16(db * db), most))
-            is_near = (gap <= r2) & (np.int16(k) < np.int16(part))
-            near = np.int16(near + np.int16(is_near))
-            far_y = np.int16(far_y + (yk if is_near else zero))
-            far_x = np.int16(far_x + (xk if is_near else zero))
-            far_r = np.int16(far_r + (dr if is_near else zero))
-            far_g = np.int16(far_g + (dg if is_near else zero))
-            far_b = np.int16(far_b + (db if is_near else zero))
+        near, far_y, far_x, far_r, far_g, far_b = _sum_stretch(band, start + done, part, colour, r2)
         count += np.int32(near)
         sum_y += np.int32(np.int16(far_y - near * y))
         sum_x += np.int32(np.int16(far_x - near * x))
@@ -575,7 +590,7 @@ def _compiled_step() -> Callable:
     import numba
     from numba.extending import register_jitable
 
-    for function in (_fill_band, _sum_window, _same_colour, _move_point):
+    for function in (_fill_band, _sum_stretch, _sum_window, _same_colour, _move_point):
         register_jitable(function)
     try:
         return numba.njit(cache=True, nogil=True)(_move_points)
