@@ -43,7 +43,6 @@ from clear_nb.answer import (
     without_tokens,
 )
 from .core import file_hash, suggest
-from .images import open_header
 from .presets import Count, Positive, checked, dataclass_from
 from .records import Clock
 from .rows import BenchmarkRow
@@ -275,10 +274,12 @@ def _segments(self: ClearAdapter, row: BenchmarkRow) -> tuple:  # row, segments
     return row, prompt
 
 # %% ../nbs/bench/adapters.ipynb #540c0f9e
-def _finish_of(rollout, limit: int) -> str:  # 'stop' or 'length'
+def _finish_of(rollout, limit: int):  # 'stop' or 'length'; None: its tokens are not recorded
     "Tell how the last text of a trajectory ended."
     from clear_nb.trajectory import MARKER
 
+    if not rollout.turns:
+        return None
     last = rollout.turns[-1]
     whole = last.ended or len(last.ids) < limit or rollout.texts[-1].endswith(MARKER)
     return 'stop' if whole else 'length'
@@ -553,7 +554,7 @@ def _answers(
 # %% ../nbs/bench/adapters.ipynb #39309ea7
 def _data_url(row: BenchmarkRow) -> str:
     "Write the picture of a row as a URL. Raises ValueError naming the row."
-    from clear_nb.images import plain_rgb
+    from clear_nb.images import open_header, plain_rgb
 
     picture, data = _picture(row), row.image
     with open_header(data) as image:
@@ -718,10 +719,11 @@ def fault_line(
     file: str = '',  # of the user; a line of it is preferred to one of a library
 ) -> str:
     "Write an exception as its traceback ends: class and message, with file, line and code."
-    text = _well_formed(''.join(traceback.format_exception_only(e)).strip().splitlines()[-1])
-    frames = [
-        f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_MACHINERY)
-    ]
+    lines = ''.join(traceback.format_exception_only(e)).split('\n')
+    lines = lines[-2:] if isinstance(e, SyntaxError) else lines  # before it stands the code
+    text = _well_formed(' '.join(' '.join(lines).split()))[:300]
+    found = traceback.extract_tb(e.__traceback__)
+    frames = [f for f in found if not f.filename.startswith(_MACHINERY)]
     if isinstance(e, SyntaxError) and e.filename:
         return f'{text} ({Path(e.filename).name}, line {e.lineno})'
     frames = [f for f in frames if f.filename == file] or frames
@@ -783,10 +785,18 @@ def _call_on_row(self: CallableAdapter, row: BenchmarkRow) -> Reply:
         if not isinstance(text, str):
             raise TypeError(f'{self.name} returned {type(text).__name__}, not a text')
     except (Exception, SystemExit) as e:
+        if _is_from_outside(e):
+            return _outage(f'{type(e).__name__}: {e}', clock.seconds)
         self.failed += 1
         return _outage(fault_line(e, _file_of(self.f)), clock.seconds)
     self.worked = True
     return Reply(_well_formed(text), seconds=clock.seconds)
+
+
+def _is_from_outside(e: BaseException) -> bool:
+    "Tell an outage, such as a server that does not answer, from a bug or a missing file."
+    of_files = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    return isinstance(e, OSError) and not isinstance(e, of_files)
 
 
 def _file_of(f: Callable) -> str:  # '' where it has none

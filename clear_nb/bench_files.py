@@ -39,7 +39,13 @@ from clear_nb.rows import (
     row_digest,
     row_fault,
 )
-from .variants import ROW_GROUP_SIZE, VariantPlan, make_records, variant_groups
+from clear_nb.variants import (
+    ROW_GROUP_SIZE,
+    VariantPlan,
+    make_records,
+    variant_groups,
+    variant_order,
+)
 
 # %% ../nbs/bench/bench_files.ipynb #39b05cb4
 _SCHEMA = pa.schema(
@@ -229,8 +235,7 @@ def _build(rows, out: Path, plan: VariantPlan, settings: dict, workers: int, pro
     checked = rows if isinstance(rows, RowSource) else check_rows(rows)
     groups = variant_groups(_well_named(checked), plan, rejects)
     done = _resume(groups, out)
-    variants = len(plan.severities) * (len(plan.corruptions) if plan.design == 'full' else 1)
-    total = total and total * variants
+    total = total and total * len(variant_order(plan))
     with progress_bar(desc=out.name, show=progress, total=total, unit='picture') as bar:
         bar.update(sum(pq.read_metadata(_shard_path(out, k)).num_rows for k in range(done)))
 
@@ -448,16 +453,17 @@ def write_tsv(folder) -> list:  # paths
     folder, info = Path(folder), read_info(folder)
     shards, paths = [folder / name for name in info['files']], []
     names = [''] if info['design'] == 'mixed' else info['corruptions']
+    versions = [('', s) for s in info['severities'] if s == 'clean']
+    versions += [(c, s) for c in names for s in info['severities'] if s != 'clean']
     for benchmark in info['counts'].get('benchmark', {}):
         check_file_name(benchmark)
-        for corruption in names:
-            for severity in info['severities']:
-                wanted = dict(benchmark=benchmark, severity=severity)
-                if corruption:
-                    wanted['corruption'] = corruption
-                name = file_name(benchmark, corruption, severity)
-                check_file_name(name)
-                paths.append(folder / f'{name}.tsv')
-                if not paths[-1].exists():
-                    _write_one_tsv(paths[-1], shards, wanted)
+        for corruption, severity in versions:
+            wanted = dict(benchmark=benchmark, severity=severity)
+            if corruption:
+                wanted['corruption'] = corruption
+            name = file_name(benchmark, corruption, severity)
+            check_file_name(name)
+            paths.append(folder / f'{name}.tsv')
+            if not paths[-1].exists():
+                _write_one_tsv(paths[-1], shards, wanted)
     return [path for path in paths if path.exists()]

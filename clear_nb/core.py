@@ -32,23 +32,32 @@ import clear_nb
 def find_root(
     start: Path,  # a folder inside the clone
 ) -> Path:  # the nearest folder at or above `start` that holds settings.ini
-    "Find the root of the repository. An installation without a repository works in `~/clear-nb`."
+    """Find the root of the repository.
+
+    An installation without a repository works in `~/clear-nb`. A user without a home works in
+    `clear-nb` below the working folder.
+    """
     for folder in (start, *start.parents):
         if (folder / 'settings.ini').is_file():
             return folder
-    return Path.home() / 'clear-nb'
+    try:
+        return Path.home() / 'clear-nb'
+    except RuntimeError:  # no HOME, and a user number without a name
+        return Path.cwd() / 'clear-nb'
 
 
-ROOT = find_root(Path(clear_nb.__file__).resolve().parent)
+_PACKAGE = Path(clear_nb.__file__).resolve().parent
+ROOT = find_root(_PACKAGE)
 
 # %% ../nbs/study/core.ipynb #cc26fc2f
+_SHIPPED_IN = ROOT if (ROOT / 'settings.ini').is_file() else _PACKAGE
 PATHS = SimpleNamespace(
     runs=ROOT / 'runs',
     results=ROOT / 'results',
     figures=ROOT / 'figures',
-    params=ROOT / 'params',
-    checkpoints=ROOT / 'checkpoints',
-    package=Path(clear_nb.__file__).resolve().parent,
+    params=_SHIPPED_IN / 'params',
+    checkpoints=_SHIPPED_IN / 'checkpoints',
+    package=_PACKAGE,
 )
 
 # %% ../nbs/study/core.ipynb #417bf8ad

@@ -210,27 +210,29 @@ def _single(place: str, said) -> str:  # said: nested lists around one text
     return said
 
 
+def _place_index(number, rows: list) -> str:  # rows: indices in the task's order
+    "Find the index of the row at a place; a place that does not exist keeps its name."
+    is_place = isinstance(number, int) and 0 <= number < len(rows)
+    return rows[number] if is_place else f'(doc_id {number})'
+
+
 def _sample(path: Path, place: str, record: dict, rows: list) -> KitReply:
-    "Read one logged sample."
+    "Read one logged sample. ValueError for one that does not prove which row it is about."
     _check_columns(path, record, ('doc_id', 'target', 'filtered_resps'))
-    doc, number = record.get('doc'), record['doc_id']
-    doc = doc if isinstance(doc, dict) else {}
+    doc = record['doc'] if isinstance(record.get('doc'), dict) else {}
     asked = doc.get('question') or record.get('input')
-    index = _index(doc.get('index'))
-    if not index and not (isinstance(asked, str) and asked.strip()):
+    question, index = asked if isinstance(asked, str) else '', _index(doc.get('index'))
+    if not index and not question.strip():
         raise ValueError(f'{place} names its row by place and has no prompt that proves it.')
-    if not index:
-        is_place = isinstance(number, int) and 0 <= number < len(rows)
-        index = rows[number] if is_place else f'(doc_id {number})'
     text = _single(place, record.get('resps', record['filtered_resps']))
     return KitReply(
         place,
-        index,
+        index or _place_index(record['doc_id'], rows),
         text,
         '' if text.strip() else 'no response',
-        question=asked if isinstance(asked, str) else '',
-        options={c: _words(doc[c]) for c in ascii_uppercase if _cell(doc.get(c))},
-        answer=_cell(record['target']),
+        question,
+        {c: _words(doc[c]) for c in ascii_uppercase if _cell(doc.get(c))},
+        _cell(record['target']),
     )
 
 # %% ../nbs/bench/exchange.ipynb #daf205f0
@@ -399,6 +401,24 @@ def _model_name(models: dict) -> str:  # models: name of a file -> model, '' whe
     return names[0]
 
 
+def _read_file(kit: str, given, sets: dict) -> tuple:  # path, name of its set, model, replies
+    "Read one file and join it with its set."
+    read, model_of = KITS[kit]
+    path, name, model = _matched(given, sets)
+    replies = read(path, list(sets[name]))
+    return path, name, model_of(path, model), _joined(path, name, sets[name], replies)
+
+
+def _remarks(without_question: list, unanswered: list) -> list:  # sentences
+    remarks = [
+        f'{n} has no questions: its rows are joined by index alone.' for n in without_question
+    ]
+    if unanswered:
+        names = _listed(' '.join(filter(None, key)) for key in unanswered)
+        remarks.append(f'{len(unanswered)} rows have no reply in the files: {names}.')
+    return remarks
+
+
 def read_kit(
     kit: str,  # key of KITS
     files: Iterable,  # as of `read_vlmevalkit`
@@ -406,23 +426,19 @@ def read_kit(
     name: str = '',  # of the model; '': as the files say
 ) -> ImportedReplies:
     "Read files of a kit and join them with the rows of a benchmark. ValueError for a misfit."
-    outline, (read, model_of) = list(outline), KITS[kit]
-    sets, replies, models, hashes, remarks = row_sets(outline), {}, {}, {}, []
+    outline = list(outline)
+    sets, replies, models, hashes, unproved = row_sets(outline), {}, {}, {}, []
     for given in files:
-        path, set_name, model = _matched(given, sets)
-        own = _joined(path, set_name, sets[set_name], read(path, list(sets[set_name])))
+        path, set_name, model, own = _read_file(kit, given, sets)
         if twice := [key for key in own if key in replies]:
             raise ValueError(f'{path.name} and another file are both about {set_name}: {twice[0]}.')
-        if not any(r.question for r in own.values()):
-            remarks.append(f'{path.name} has no questions: its rows are joined by index alone.')
+        unproved += [] if any(r.question for r in own.values()) else [path.name]
         replies |= own
-        models[path.name], hashes[path.name] = model_of(path, model), file_hash(path)
+        models[path.name], hashes[path.name] = model, file_hash(path)
     keys = dict.fromkeys(row.key for row in outline)
-    without = [k for k in keys if k not in replies or replies[k].failure]
-    if without:
-        names = _listed(' '.join(filter(None, key)) for key in without)
-        remarks.append(f'{len(without)} rows have no reply in the files: {names}.')
-    return ImportedReplies(name or _model_name(models), kit, hashes, replies, without, remarks)
+    unanswered = [k for k in keys if k not in replies or replies[k].failure]
+    remarks = _remarks(unproved, unanswered)
+    return ImportedReplies(name or _model_name(models), kit, hashes, replies, unanswered, remarks)
 
 # %% ../nbs/bench/exchange.ipynb #105da5b2
 def _model_before(path: Path, prefix: str) -> str:

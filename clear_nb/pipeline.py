@@ -30,6 +30,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .core import BARS_VARIABLE, PATHS, ROOT, atomic_path, file_hash, suggest
+from .folders import one_writer
 from .identity import differences, made_from
 from .presets import load_preset
 from .readme import write_readme
@@ -40,6 +41,7 @@ from clear_nb.records import (
     results_dir,
     stage_folder,
 )
+from .signals import Children, end_with_parent, exit_status, stopped_by_signals
 
 # %% ../nbs/study/pipeline.ipynb #2ac7adbb
 NOTEBOOK_ORDER = [
@@ -267,9 +269,24 @@ def _execute(path: Path, out: Path, params: dict) -> None:
         error = f'cell {e.cell_index}: {e.ename}: {e.evalue}'
     except (DeadKernelError, CellTimeoutError) as e:
         error = f'{type(e).__name__}: {e}'
+    except KeyboardInterrupt:
+        partial.unlink(missing_ok=True)
+        raise
     else:
         return os.replace(partial, out)
     raise NotebookFailed(f'{path.stem} failed in {error}\npartial output: {partial}') from None
+
+# %% ../nbs/study/pipeline.ipynb #5ea34b76
+def _run_and_seal(path: Path, out: Path, given: dict, made: dict, variant: str) -> None:
+    "Run a notebook, and write its stamp when it has finished; given: as for `run`."
+    seal, start = out.with_suffix('.stamp.json'), time.time()
+    seal.unlink(missing_ok=True)
+    _execute(path, out, given)
+    names = _products(out, path.stem, given['preset'], given.get('seed'), variant, start)
+    products = {name: file_hash(out.parent / name) for name in names}
+    with atomic_path(seal) as tmp:
+        tmp.write_text(json.dumps(dict(made=made, products=products), indent=1), encoding='utf-8')
+    print(f'{path.stem}: {time.time() - start:.0f} s, {out}')
 
 # %% ../nbs/study/pipeline.ipynb #8d9e2189
 def run(
@@ -280,28 +297,24 @@ def run(
     force: bool = False,  # run even when up to date
     **params,  # further values for the parameters cell
 ) -> Path:  # executed notebook
-    "Run a notebook unless it is up to date. ValueError on bad names, RuntimeError on a failure."
+    """Run a notebook unless it is up to date.
+
+    ValueError on bad names and while another process runs it, RuntimeError on a failure.
+    """
     path, variant = notebook_path(notebook), params.get('variant', '')
     given = dict(params, preset=preset, **({} if seed is None else {'seed': seed}))
     check_parameters(path, given)
     check_export()
     out = Path(out or output_path(path.stem, preset, seed, variant))
-    made, seal = stamp(path, preset, seed, params), out.with_suffix('.stamp.json')
-    reasons = reasons_to_run(out, made)
-    if not reasons and not force:
-        print(f'{path.stem}: up to date')
-        return out
-    if out.is_file():
-        print(f'{path.stem} runs again: {"; ".join(reasons) or "asked for"}', flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    seal.unlink(missing_ok=True)
-    start = time.time()
-    _execute(path, out, given)
-    names = _products(out, path.stem, preset, seed, variant, start)
-    products = {name: file_hash(out.parent / name) for name in names}
-    with atomic_path(seal) as tmp:
-        tmp.write_text(json.dumps(dict(made=made, products=products), indent=1), encoding='utf-8')
-    print(f'{path.stem}: {time.time() - start:.0f} s, {out}')
+    with one_writer(out):
+        made = stamp(path, preset, seed, params)
+        reasons = reasons_to_run(out, made)
+        if not reasons and not force:
+            print(f'{path.stem}: up to date')
+            return out
+        if out.is_file():
+            print(f'{path.stem} runs again: {"; ".join(reasons) or "asked for"}', flush=True)
+        _run_and_seal(path, out, given, made, variant)
     return out
 
 # %% ../nbs/study/pipeline.ipynb #ab73c51b
@@ -339,16 +352,17 @@ def run_steps(todo: list, preset: str, force: bool = False) -> None:  # todo: of
         run(notebook, preset, seed, force=force, **params)
 
 # %% ../nbs/study/pipeline.ipynb #c61f0d22
-def _run_seed(seed: int, arguments: list, preset: str) -> None:
+def _run_seed(seed: int, arguments: list, preset: str, children: Children) -> None:
     "Run the notebooks of one seed in a process of its own. NotebookFailed with its last lines."
     log = PATHS.runs / preset / f'seed{seed}' / 'pipeline.log'
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f'seed {seed}: see {os.path.relpath(log, ROOT)}', flush=True)
-    command = [sys.executable, '-m', 'clear_nb.pipeline', *arguments, '--one', str(seed)]
+    command = [sys.executable, '-m', 'clear_nb.pipeline', *arguments]
+    command += ['--parent', str(os.getpid()), '--one', str(seed)]
     alone = dict(os.environ, OMP_NUM_THREADS='1')
     with log.open('w', encoding='utf-8') as f:
-        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=alone)
-    if done.returncode:
+        code = children.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=alone)
+    if code:
         last = '\n'.join(log.read_text(encoding='utf-8').splitlines()[-5:])
         raise NotebookFailed(f'seed {seed} failed:\n{last}\noutput: {log}')
 
@@ -364,8 +378,8 @@ def run_seeds(
     "Run all but the summaries, seeds side by side. NotebookFailed for the first that failed."
     arguments = ['--preset', preset, '--from', start]
     arguments += ['--force'] * force + ['--all'] * full + ['--seed', *map(str, seeds)]
-    with ThreadPoolExecutor(jobs) as workers:
-        running = [workers.submit(_run_seed, k, arguments, preset) for k in seeds]
+    with ThreadPoolExecutor(jobs) as workers, Children() as children:
+        running = [workers.submit(_run_seed, k, arguments, preset, children) for k in seeds]
         try:
             for done in as_completed(running):
                 done.result()
@@ -407,6 +421,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--jobs', type=int, default=1, help='seeds that run side by side, one thread each')
     one = 'only the notebooks of this seed, as part of the chain; no tables and figures'
     add('--one', type=int, metavar='SEED', help=one)
+    add('--parent', type=int, help=argparse.SUPPRESS)  # process that this one ends with
     add('--force', action='store_true', help='run notebooks that are up to date as well')
     add('--readme', action='store_true', help='only write README.md from nbs/index.ipynb')
     return p
@@ -424,6 +439,8 @@ def _arguments(argv=None) -> argparse.Namespace:
 # %% ../nbs/study/pipeline.ipynb #7cbbb24b
 def _run_arguments(args: argparse.Namespace) -> None:
     "Run what the command line asks for."
+    if args.parent:
+        end_with_parent(args.parent)
     if args.readme:
         write_readme()
     elif args.one is not None:
@@ -437,14 +454,15 @@ def main(argv=None) -> int:  # exit status
     "Run the command line; an error that a user can mend is one message, not a traceback."
     args = _arguments(argv)
     try:
-        _run_arguments(args)
+        with stopped_by_signals():
+            _run_arguments(args)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'\n{e}', file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         again = 'the same command goes on after the last finished step'
-        print(f'\ninterrupted; {again}', file=sys.stderr)
-        return 130
+        print(f'\n{str(e).rstrip(".") or "interrupted"}; {again}', file=sys.stderr)
+        return exit_status(e)
     return 0
 
 # %% ../nbs/study/pipeline.ipynb #ecdaf678

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Amount', 'Share', 'Weight', 'Decay', 'Positive', 'Size', 'Layers', 'Side', 'GridPoints', 'Policy',
-           'ReturnMode', 'RESTORE_STEPS', 'RESTORE_SHIFT', 'cast_value', 'check_fields', 'InRange', 'checked',
-           'DataParams', 'BaseParams', 'SftParams', 'BridgeParams', 'GrpoParams', 'EvalParams', 'TrainParams', 'Preset',
-           'dataclass_from', 'preset_names', 'load_preset', 'read_value', 'read_settings']
+           'ReturnMode', 'RESTORE_STEPS', 'RESTORE_SHIFT', 'REQUEST_WORKERS', 'PATIENCE', 'cast_value', 'check_fields',
+           'InRange', 'checked', 'DataParams', 'BaseParams', 'SftParams', 'BridgeParams', 'GrpoParams', 'EvalParams',
+           'TrainParams', 'Preset', 'dataclass_from', 'preset_names', 'load_preset', 'read_value', 'read_settings']
 
 # %% ../nbs/study/presets.ipynb #13bd9a66
 import inspect
@@ -302,6 +302,10 @@ class TrainParams(InRange):
     row_tokens: Amount = 0  # tokens of a row that trajectories share (trajectory.first_fit); 0: one
     micro: Amount = 0  # trajectories of a process in one pass of the update; 0: all
     chunk: Amount = 0  # questions that a process samples together in stage 3; 0: all
+
+# %% ../nbs/study/presets.ipynb #3033d25e
+REQUEST_WORKERS = 8  # requests at the same time, unless the caller says otherwise
+PATIENCE = 600.0  # seconds to wait for a silent annotator or judge
 
 # %% ../nbs/study/presets.ipynb #5783faa7
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def read_shape(body: bytes) -> ChatRequest:
         raise RequestFault(f'the body is no JSON ({message.removeprefix("invalid JSON: ")}).')
     if fault['type'] == 'extra_forbidden':
         known = suggest(str(fault['loc'][-1]), ChatRequest.model_fields)
-        raise RequestFault(f'{place}: this server has no such field, {known}.')
+        raise RequestFault(f'{place}: this server has no such field, {known}')
     raise RequestFault(f'{place}: {message}, found {fault["input"]!r:.60}.')
 
 # %% ../nbs/bench/serve.ipynb #75705ba7

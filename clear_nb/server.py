@@ -23,14 +23,21 @@ def read_completion(
     try:
         first = reply['choices'][0]
         message, finish = first['message'], first.get('finish_reason')
-        text = message.get('content') or message.get('refusal') or message.get('content')
+        text = message.get('content') or message.get('refusal') or ''
+        known = message.keys() & {'content', 'refusal'} and (text or isinstance(finish, str))
+        is_whole = bool(known) and isinstance(text, str)
     except (LookupError, TypeError, AttributeError):
-        text = finish = None
-    if text is None and finish in ('length', 'content_filter'):
-        text = ''
-    if not isinstance(text, str):
-        raise ValueError(f'no chat completion: {str(reply)[:80]!r}')
-    return text.strip(), dict(finish=finish, model=reply.get('model'))
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f'no chat completion: {str(reply)[:300]!r}')
+    about = dict(finish=finish, model=reply.get('model'))
+    if not text:
+        thought = bool(message.get('reasoning') or message.get('reasoning_content'))
+        about['empty'] = 'only a thought, no content' if thought else 'no content'
+    clean = text.encode('utf-8', 'replace').decode('utf-8')
+    if clean != text:
+        about['replaced'] = sum(a != b for a, b in zip(text, clean))  # halves of surrogate pairs
+    return clean.strip(), about
 
 # %% ../nbs/stages/server.ipynb #92ee4b91
 def _check_completion(response: httpx2.Response):
@@ -40,7 +47,7 @@ def _check_completion(response: httpx2.Response):
     response.read()
     try:
         read_completion(response.json())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise httpx2.DecodingError(str(e), request=response.request) from None
 
 # %% ../nbs/stages/server.ipynb #fec00c70

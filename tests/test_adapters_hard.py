@@ -319,6 +319,9 @@ def test_one_bad_row_is_an_outage():
         ('return undefined', "NameError: name 'undefined' is not defined"),
         ('raise ValueError("\\ud83d half")', 'ValueError: ? half'),
         ('return f(picture, prompt)', 'RecursionError'),
+        ('return open("nowhere.txt").read()', 'FileNotFoundError: [Errno 2]'),
+        ('raise KeyError("one\\n two")', "KeyError: 'one"),
+        ('raise RuntimeError("one\\n two")', 'RuntimeError: one two ('),
         ('import no_such_package_7', "No module named 'no_such_package_7'"),
     ],
 )
@@ -328,6 +331,17 @@ def test_bugs_are_named(code, body, shown):
     with pytest.raises(Stopped) as e:
         open_adapter(f'python:{name}:f')(rows() * 4)
     assert shown in str(e.value) and len(e.value.replies) == 3 and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('kind', [TimeoutError, ConnectionResetError, OSError])
+def test_a_silent_server_is_no_bug(kind):
+    "A function that asks a server has outages; the run goes on, and the next one asks again."
+
+    def f(picture, prompt):
+        raise kind('no reply')
+
+    replies = CallableAdapter(f)(rows() * 3)
+    assert [r.detail for r in replies] == [f'{kind.__name__}: no reply'] * 12
 
 
 def test_half_a_character_in_a_reply_is_replaced():

@@ -32,7 +32,7 @@ from fake_server import Drop, FakeServer, Status, hasty
 from clear_nb import cli
 from clear_nb.adapters import CallableAdapter, ServerAdapter
 from clear_nb.annotate import TRACE_FAULTS, trace_fault
-from clear_nb.builder import build_summary, build_training, read_recipe
+from clear_nb.builder import build_summary, build_training
 from clear_nb.candidates import (
     TEXT_COLUMNS,
     SelectionLog,
@@ -43,7 +43,6 @@ from clear_nb.candidates import (
 )
 from clear_nb.judge import LLMJudge, Replies
 from clear_nb.pathways import (
-    INSTRUCTION,
     answer_questions,
     base_is_right,
     pathways_of,
@@ -60,11 +59,12 @@ from clear_nb.sources import (
     BuildRecipe,
     open_folder,
     read_picture,
+    read_recipe,
 )
 from clear_nb.stored import read_manifest
 from clear_nb.tables import table8
 from clear_nb.trajectory import parse
-from clear_nb.wording import Reply
+from clear_nb.wording import INSTRUCTION, Reply
 
 N, ROWS = 60, 600
 RECIPE = BuildRecipe(n=N, share=1.0, spare=100.0, relative=True)

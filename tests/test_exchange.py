@@ -393,7 +393,7 @@ def test_an_import_needs_a_new_folder(clean, tmp_path):
     assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == before
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.text(st.characters(exclude_categories=['Cs'])), min_size=1, max_size=5))
 def test_any_text_comes_through_a_table(tmp_path_factory, texts):
     """Whatever a model wrote: the same text, as TSV and as JSON, or a pending row when empty."""

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     'core': [],
     'identity': ['core'],
     'folders': ['identity'],
+    'signals': [],
     'presets': ['core'],
     'records': ['core', 'presets'],
     'paper': ['core'],
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     'escape': [],
     'cells': ['images'],
     'rows': ['cells', 'degrade', 'scenes'],
-    'variants': ['rows'],
+    'variants': ['rows', 'signals'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
     'wording': [],
@@ -73,12 +74,16 @@ MAY_IMPORT = {
     'bench': ['evaluate', 'scoring', 'artefacts', 'records'],
     'exchange': ['evaluate'],
     'serve': ['adapters'],
-    'sources': ['images', 'rows'],
+    'sources': ['images', 'presets', 'rows'],
     'candidates': ['sources'],
-    'pathways': ['candidates', 'scoring', 'server'],
+    'pathways': ['candidates', 'scoring', 'server', 'wording'],
     'annotate': ['pathways'],
     'builder': ['annotate', 'stored', 'folders'],
-    'cli': ['bench', 'bench_files', 'builder', 'answer', 'adapters', 'exchange', 'serve'],
+    'corrupting': ['rows'],
+    'cli': [
+        *('bench', 'bench_files', 'builder', 'answer', 'adapters', 'corrupting', 'signals'),
+        *('exchange', 'serve'),
+    ],
     # the study
     'mmd_bench': ['adapters', 'bench_files', 'evaluate', 'scoring', 'data'],
     'recipes': ['sft', 'bridge', 'grpo'],
@@ -91,7 +96,7 @@ MAY_IMPORT = {
     'scale': ['images', 'model', 'paper'],
     'readme': ['core'],
     'contents': ['readme'],
-    'pipeline': ['identity', 'readme', 'records'],
+    'pipeline': ['folders', 'identity', 'readme', 'records', 'signals'],
 }
 
 
