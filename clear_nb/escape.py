@@ -11,8 +11,6 @@ import html
 import re
 import unicodedata
 
-import pandas as pd
-
 # %% ../nbs/bench/escape.ipynb #20e9ed28
 _JOINERS = '\u200c\u200d'
 _UNSEEN = (
@@ -64,7 +62,7 @@ def csv_cell(value):  # of the same type, where it is no text
     return f"'{shown}" if _FORMULA.match(value.lstrip(' ')) else shown
 
 
-def csv_table(table: pd.DataFrame) -> pd.DataFrame:
+def csv_table(table):  # a DataFrame; a new one is returned
     "Make a table safe for `to_csv`, with its headings."
     return table.map(csv_cell).rename(columns=csv_cell)
 
