@@ -7,7 +7,6 @@ __all__ = ['to_markdown', 'to_latex', 'save_table', 'save_figure']
 
 # %% ../nbs/study/artefacts.ipynb #17a565b6
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import PATHS, atomic_path
+from .escape import csv_table, latex_text, markdown_cell
 from .stats import Estimate
 
 # %% ../nbs/study/artefacts.ipynb #b3cf4ad1
@@ -27,34 +27,10 @@ def _shown(value) -> str:
 # %% ../nbs/study/artefacts.ipynb #a9a4bc71
 def to_markdown(df: pd.DataFrame) -> str:
     """Write a table as Markdown; missing values read 'unknown'."""
-    rule = ['---'] * df.shape[1]
-    rows = [df.columns, rule, *df.itertuples(index=False, name=None)]
-    cells = [[_shown(v).replace('|', '\\|') for v in row] for row in rows]
+    rows = [df.columns, *df.itertuples(index=False, name=None)]
+    cells = [[markdown_cell(_shown(v)) for v in row] for row in rows]
+    cells.insert(1, ['---'] * df.shape[1])
     return ''.join(f'| {" | ".join(row)} |\n' for row in cells)
-
-# %% ../nbs/study/artefacts.ipynb #11bca2db
-_TEX_CHARACTERS = {
-    '−': '$-$',
-    '≥': r'$\ge$',
-    '≤': r'$\le$',
-    '×': r'$\times$',
-    'λ': r'$\lambda$',
-    '<': '$<$',
-    '>': '$>$',
-    '·': r'$\cdot$',
-    '\\': r'\textbackslash{}',
-    '~': r'\textasciitilde{}',
-    '^': r'\textasciicircum{}',
-    '|': '$|$',
-    '[': '{[}',
-    **{c: f'\\{c}' for c in '&%$#_{}'},
-}
-
-
-def _tex(text: str) -> str:
-    """Turn plain text into LaTeX."""
-    text = re.sub(r'(?<![\w)])-(?=\d)', '−', text)
-    return ''.join(_TEX_CHARACTERS.get(c, c) for c in text)
 
 # %% ../nbs/study/artefacts.ipynb #df7c5352
 _HEADER = '% needs \\usepackage{booktabs,graphicx}\n'
@@ -68,11 +44,11 @@ def to_latex(
     name: str,  # of the label
 ) -> str:
     """Write a table as LaTeX with booktabs rules, never wider than the page."""
-    text = df.map(_shown).map(_tex).rename(columns=lambda c: _tex(str(c)))
+    text = df.map(_shown).map(latex_text).rename(columns=lambda c: latex_text(str(c)))
     longest = [max(map(len, text.iloc[:, k]), default=0) for k in range(text.shape[1])]
     columns = ''.join('p{7cm}' if n > _LONG else 'l' for n in longest)
     body = text.to_latex(index=False, column_format=columns)
-    head = f'\\begin{{table}}\n\\caption{{{_tex(caption)}}}\n\\label{{tab:{name}}}\n'
+    head = f'\\begin{{table}}\n\\caption{{{latex_text(caption)}}}\n\\label{{tab:{name}}}\n'
     return f'{_HEADER}{head}{_FIT}\n{body}}}\n\\end{{table}}\n'
 
 # %% ../nbs/study/artefacts.ipynb #95a7bec3
@@ -172,7 +148,7 @@ def save_table(
     """
     folder = _place(sources, root)
     bodies = dict(
-        csv=_wide(df).to_csv(index=False, float_format='%.3f', na_rep='unknown'),
+        csv=csv_table(_wide(df)).to_csv(index=False, float_format='%.3f', na_rep='unknown'),
         md=f'{caption}\n\n{to_markdown(df)}',
         tex=to_latex(df, caption, name),
     )

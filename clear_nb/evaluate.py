@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from .core import atomic_path, explain_full_disk, progress_bar
+from .escape import terminal_line
 from clear_nb.folders import (
     accepted_changes,
     noted_identity,
@@ -431,7 +432,9 @@ def run_rows(
         chosen = chosen_rows(_usable(rows, count['rejects']), severities, limit)
         todo = _unanswered(chosen, answered, shard, count)
         plan = _planned(outline, severities, limit, shard, answered)
-        with progress_bar(desc=adapter.name, show=progress, unit='rows', **plan) as bar:
+        with progress_bar(
+            desc=terminal_line(adapter.name), show=progress, unit='rows', **plan
+        ) as bar:
             with ReplyStore(folder, shard) as store:
                 _ask_and_keep(adapter, todo, store, batch or adapter.batch, bar)
         if not count['rows']:
