@@ -19,6 +19,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
+from .cells import plain_index
 from .core import file_hash
 from .degrade import CORRUPTIONS
 from .evaluate import run_rows
@@ -48,12 +49,6 @@ def _cell(value) -> str:  # value: of a spreadsheet, a table or JSON
         return ''
     is_whole = isinstance(value, float) and value.is_integer()
     return str(int(value) if is_whole else value)
-
-
-def _index(value) -> str:
-    "Write an index as text; 1000001.0 is 1000001."
-    text = _cell(value).strip()
-    return text[: text.index('.')] if re.fullmatch(r'[0-9]+\.0+', text) else text
 
 
 def _words(value) -> str:
@@ -183,7 +178,7 @@ def _prediction(place: str, record: dict, limit: int | None) -> KitReply:
     texts = {k: _cell(record.get(k)) for k in ('question', 'answer', 'thinking')}
     cut = limit is not None and len(text) >= limit
     return KitReply(
-        place, _index(record['index']), text, failure, options=options, cut=cut, **texts
+        place, plain_index(record['index']), text, failure, options=options, cut=cut, **texts
     )
 
 # %% ../nbs/bench/exchange.ipynb #b496c558
@@ -221,7 +216,7 @@ def _sample(path: Path, place: str, record: dict, rows: list) -> KitReply:
     _check_columns(path, record, ('doc_id', 'target', 'filtered_resps'))
     doc = record['doc'] if isinstance(record.get('doc'), dict) else {}
     asked = doc.get('question') or record.get('input')
-    question, index = asked if isinstance(asked, str) else '', _index(doc.get('index'))
+    question, index = asked if isinstance(asked, str) else '', plain_index(doc.get('index'))
     if not index and not question.strip():
         raise ValueError(f'{place} names its row by place and has no prompt that proves it.')
     text = _single(place, record.get('resps', record['filtered_resps']))

@@ -46,7 +46,7 @@ from .ask import ask_model, row_noise
 from .core import suggest
 from .decode import Noise
 from .generate import Rollout, Sampling
-from .images import open_image, to_uint8
+from .images import DECODER_ERRORS, open_header, open_image, to_uint8
 from .restore import decode_pixels
 from .trajectory import MARKER, token_count
 
@@ -164,19 +164,17 @@ def _picture_bytes(url: str) -> bytes:
 def _decoded(data: bytes) -> Image.Image:  # RGB
     "Decode a picture. RequestFault for one that is broken or too large."
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with open_header(data) as header:
             width, height = header.size
-            if width * height > MAX_SERVED_PIXELS:
-                raise RequestFault(
-                    f'the picture has {width} x {height} pixels; '
-                    f'this server takes {MAX_SERVED_PIXELS:,}; shrink it.',
-                    413,
-                )
-            return open_image(header)
-    except RequestFault:
-        raise
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        if width * height <= MAX_SERVED_PIXELS:
+            return open_image(data, 'the picture')
+    except DECODER_ERRORS as e:
         raise RequestFault(f'the picture cannot be read ({e!s:.200}).') from None
+    raise RequestFault(
+        f'the picture has {width} x {height} pixels; '
+        f'this server takes {MAX_SERVED_PIXELS:,}; shrink it.',
+        413,
+    )
 
 # %% ../nbs/bench/serve.ipynb #dd925f81
 @dataclass(frozen=True)

@@ -34,11 +34,13 @@ from clear_nb.rows import BenchmarkRow, decode_picture, read_tsv
 ROLL = 1_000_000
 
 
-def questions(n=5, rolls=2):
-    """Questions of MMBench with rolled options; the rolls point to the picture of the first."""
+def questions(n=5):
+    """Questions of MMBench with every roll of two options; the second roll points to the picture
+    of the first.
+    """
+    options = ['red', '3']
     for k in range(n):
-        options = ['red', '3', 'dark blue', f'number {k}'][: 2 + k % 3]
-        for roll in range(rolls):
+        for roll in range(2):
             order = options[roll:] + options[:roll]
             yield BenchmarkRow(
                 'MMBench',
