@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from . import degrade, scoring
 from .artefacts import to_markdown
 from .core import atomic_path
+from .escape import csv_table, figure_text, markdown_cell
 from .evaluate import merge_parts
 from .records import versions
 from .rows import BenchmarkRow
@@ -257,8 +258,8 @@ def _draw_severities(ax, accuracy: pd.DataFrame):
     for model, part in averages.groupby('model', sort=False):
         estimates = part.accuracy.tolist()
         means = [e.mean for e in estimates]
-        style = dict(marker='o', markersize=3, capsize=2, label=model)
-        ax.errorbar(part.severity, means, _error_bars(estimates), **style)
+        style = dict(marker='o', markersize=3, capsize=2, label=figure_text(model))
+        ax.errorbar([*map(figure_text, part.severity)], means, _error_bars(estimates), **style)
     ax.set(title='mean over benchmarks', xlabel='severity', ylabel='accuracy (%)', ylim=(0, 100))
     ax.legend(fontsize=7, frameon=False)
 
@@ -273,10 +274,13 @@ def _draw_corruptions(ax, corruption: pd.DataFrame):
         own, width = part[part.model == model], 0.8 / len(models)
         at = np.array([names.index(c) for c in own.corruption]) + (k + 0.5) * width - 0.4
         means, bars = [e.mean for e in own.accuracy], _error_bars(own.accuracy)
-        ax.bar(at, means, width, yerr=bars, error_kw=dict(linewidth=0.8), label=model)
-    texts = [n.replace('_', ' ') for n in names]
+        ax.bar(at, means, width, yerr=bars, error_kw=dict(linewidth=0.8), label=figure_text(model))
+    texts = [figure_text(n.replace('_', ' ')) for n in names]
     ax.set_xticks(range(len(names)), texts, rotation=60, ha='right', fontsize=7)
-    ax.set(title=f'per corruption, {level}' if names else 'no corrupted rows', ylim=(0, 100))
+    ax.set(
+        title=f'per corruption, {figure_text(level)}' if names else 'no corrupted rows',
+        ylim=(0, 100),
+    )
 
 
 def accuracy_figure(tables: dict) -> plt.Figure:  # tables: of `report_tables`
@@ -403,7 +407,7 @@ _SECTIONS = {
 # %% ../nbs/bench/bench.ipynb #6e736daa
 def _markdown(caption: str, tables: dict) -> str:
     "Write the page of a report."
-    shown = [caption]
+    shown = [markdown_cell(caption)]
     for name, (title, show, empty) in _SECTIONS.items():
         text = show(tables[name]) if len(tables[name]) else empty
         shown.append(f'## {title}\n\n{text.strip()}')
@@ -434,7 +438,7 @@ def _texts(tables: dict, summaries: list) -> dict:  # file name to text
     }
     for name, t in wide.items():
         if len(t):
-            csv = t.to_csv(index=False, float_format='%.3f', na_rep='unknown')
+            csv = csv_table(t).to_csv(index=False, float_format='%.3f', na_rep='unknown')
             texts[_csv_name(name)] = csv
     return texts
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import clear_nb
 from .degrade import SEVERITY
+from .escape import terminal_line
 from .folders import ACCEPT_CODE, one_writer, read_json
 from .presets import PATIENCE, REQUEST_WORKERS, read_settings
 from .rows import Reject, from_scenes, parse_name, read_tsv
@@ -30,6 +31,11 @@ from .sources import BuildRecipe, read_recipe
 from .wording import INSTRUCTION
 
 # %% ../nbs/bench/cli.ipynb #eaf214ca
+def _say(message):
+    "Write one line for the user on standard error."
+    print(terminal_line(f'clear-nb: {message}'), file=sys.stderr)
+
+
 def run_command(parser: argparse.ArgumentParser, argv=None) -> int:  # exit status
     """Read the arguments and run the command that they name.
 
@@ -40,11 +46,11 @@ def run_command(parser: argparse.ArgumentParser, argv=None) -> int:  # exit stat
         with stopped_by_signals():
             return args.run(args) or 0
     except (ValueError, OSError) as e:
-        return print(f'clear-nb: {e}', file=sys.stderr) or 2
+        return _say(e) or 2
     except KeyboardInterrupt as e:
         kept = vars(args).get('kept', '').format(out=vars(args).get('out'))
         lines = [str(e).rstrip('.') or 'stopped', *filter(None, [kept])]
-        return print(f'clear-nb: {"; ".join(lines)}.', file=sys.stderr) or exit_status(e)
+        return _say(f'{"; ".join(lines)}.') or exit_status(e)
 
 # %% ../nbs/bench/cli.ipynb #3330fb21
 def check_counts(args: argparse.Namespace, names: Iterable):
@@ -100,7 +106,7 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
     if path.is_file():
         rows = read_tsv(path)
         for note in rows.notes:
-            print(f'clear-nb: {note}', file=sys.stderr)
+            _say(note)
         named = (_with_file_name(r, path.name) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     bench_files = import_module('clear_nb.bench_files')
@@ -161,7 +167,7 @@ def print_left_out(left, again: str) -> int:  # left: of `bench.left_out`; exit 
         why = _most_frequent_reason(unanswered)
         lines.append(f'{len(unanswered)} rows are pending; {again}; {why}')
     for line in lines:
-        print(f'clear-nb: {line}', file=sys.stderr)
+        _say(line)
     return int(len(pending) > 0)
 
 # %% ../nbs/bench/cli.ipynb #785a0708
@@ -209,7 +215,7 @@ def _print_remarks(folder: Path, frame, run: dict, again: str) -> int:  # exit s
 
     cut = cut_remark(frame)
     for line in filter(None, (cut, unreadable_hint(frame, folder), surplus_remark(frame, run))):
-        print(f'clear-nb: {line}', file=sys.stderr)
+        _say(line)
     return print_left_out(left_out(frame, run), again.format(run=folder)) | bool(cut)
 
 
@@ -225,7 +231,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
     print(f'written: {args.out / "bench.md"}')
     unfinished = [r for r, (_, run) in zip(runs, results) if run['rows'] is None]
     for r in unfinished:
-        print(f'clear-nb: unfinished: {r}; run its command again.', file=sys.stderr)
+        _say(f'unfinished: {r}; run its command again.')
     status = int(bool(unfinished))
     for k, (folder, (frame, run)) in enumerate(zip(runs, results)):
         rejects = [] if k else run['rejects']  # the runs have the same benchmark: once is enough
@@ -537,7 +543,7 @@ def _import(args: argparse.Namespace) -> int:  # exit status
     about = dict(content=content, data=' '.join(map(str, args.data)), outline=outline)
     exchange.import_run(adapter, rows, args.out, **about)
     for remark in adapter.remarks:
-        print(f'clear-nb: {remark}', file=sys.stderr)
+        _say(remark)
     return _report([args.out], args, 'finish them in the kit and import into another folder')
 
 

@@ -462,35 +462,40 @@ def _fill_band(
             for c in range(3):
                 band[2 + c, place] = image[row, left + k, c] if row < len(image) else _NO_COLOUR
 
-# %% ../nbs/world/degrade.ipynb #65401ae4
+# %% ../nbs/world/degrade.ipynb #b3d1f5b8
+_I16, _U16 = np.int16, np.uint16
+_FAR = 20_000  # a squared difference of one colour, cut here
+
+
 def _sum_stretch(
     band,  # (5, ...) int16 from `_fill_band`
     first,  # where the stretch begins in the band
-    n,  # pixels of the stretch, whose sums fit in 16 bits
-    colour,  # three int16: red, green and blue of the point
+    n,  # pixels of the stretch
+    red,  # colour of the point that moves, int16
+    green,
+    blue,
     r2,  # uint16, squared colour radius
-) -> tuple:  # six int16: number, rows, columns; reds, greens, blues minus those of the point
-    "Sum the pixels of a part of a window whose colour is near the point's; for numba."
-    red, green, blue = colour
-    zero, most = np.int16(0), np.uint16(20_000)
-    near = far_y = far_x = far_r = far_g = far_b = zero
+) -> tuple:  # six int16: number, rows, columns, and differences in red, green and blue
+    "Sum the pixels of a stretch whose colour is near the point's; for numba."
+    zero, most = _I16(0), _U16(_FAR)
+    count = sum_y = sum_x = sum_r = sum_g = sum_b = zero
     for k in range((n + 31) // 32 * 32):
         q = np.uintp(first + k)
-        yk, xk, dr = band[0, q], band[1, q], np.int16(band[2, q] - red)
-        dg, db = np.int16(band[3, q] - green), np.int16(band[4, q] - blue)
-        cut = min(np.int16(abs(dr)), np.int16(104))
-        gap = np.uint16(np.uint16(cut * cut) + min(np.uint16(dg * dg), most))
-        gap = np.uint16(gap + min(np.uint16(db * db), most))
-        is_near = (gap <= r2) & (np.int16(k) < np.int16(n))
-        near = np.int16(near + np.int16(is_near))
-        far_y = np.int16(far_y + (yk if is_near else zero))
-        far_x = np.int16(far_x + (xk if is_near else zero))
-        far_r = np.int16(far_r + (dr if is_near else zero))
-        far_g = np.int16(far_g + (dg if is_near else zero))
-        far_b = np.int16(far_b + (db if is_near else zero))
-    return near, far_y, far_x, far_r, far_g, far_b
+        y, x, dr = band[0, q], band[1, q], _I16(band[2, q] - red)
+        dg, db = _I16(band[3, q] - green), _I16(band[4, q] - blue)
+        cut = min(_I16(abs(dr)), _I16(104))
+        gap = _U16(_U16(cut * cut) + min(_U16(dg * dg), most))
+        gap = _U16(gap + min(_U16(db * db), most))
+        is_near = (gap <= r2) & (_I16(k) < _I16(n))
+        count = _I16(count + _I16(is_near))
+        sum_y = _I16(sum_y + (y if is_near else zero))
+        sum_x = _I16(sum_x + (x if is_near else zero))
+        sum_r = _I16(sum_r + (dr if is_near else zero))
+        sum_g = _I16(sum_g + (dg if is_near else zero))
+        sum_b = _I16(sum_b + (db if is_near else zero))
+    return count, sum_y, sum_x, sum_r, sum_g, sum_b
 
-
+# %% ../nbs/world/degrade.ipynb #65401ae4
 def _sum_window(
     band,  # (5, ...) int16 from `_fill_band`
     start,  # where the window begins in the band
@@ -499,19 +504,17 @@ def _sum_window(
     p,  # row of the point that moves
     r2,  # uint16, squared colour radius
     stretch,  # pixels whose sums fit in 16 bits, a multiple of 32
-) -> tuple:  # six int32: number, rows, columns, reds, greens, blues
+) -> tuple:  # six integers: number, rows, columns, reds, greens, blues
     "Sum the pixels of a window whose colour is near the point's; for numba."
     y, x = points[p, 0], points[p, 1]
-    red, green, blue = points[p, 2], points[p, 3], points[p, 4]
-    colour = np.int16(red), np.int16(green), np.int16(blue)
-    count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int32(0)
+    red, green, blue = _I16(points[p, 2]), _I16(points[p, 3]), _I16(points[p, 4])
+    count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int64(0)
     for done in range(0, n, stretch):
-        part = min(stretch, n - done)
-        near, far_y, far_x, far_r, far_g, far_b = _sum_stretch(band, start + done, part, colour, r2)
-        count += np.int32(near)
-        sum_y += np.int32(np.int16(far_y - near * y))
-        sum_x += np.int32(np.int16(far_x - near * x))
-        sum_r, sum_g, sum_b = sum_r + far_r, sum_g + far_g, sum_b + far_b
+        sums = _sum_stretch(band, start + done, min(stretch, n - done), red, green, blue, r2)
+        near = np.int64(sums[0])
+        count += near
+        sum_y, sum_x = sum_y + _I16(sums[1] - near * y), sum_x + _I16(sums[2] - near * x)
+        sum_r, sum_g, sum_b = sum_r + sums[3], sum_g + sums[4], sum_b + sums[5]
     sum_y, sum_x, sum_r = sum_y + count * y, sum_x + count * x, sum_r + count * red
     return count, sum_y, sum_x, sum_r, sum_g + count * green, sum_b + count * blue
 

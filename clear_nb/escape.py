@@ -13,13 +13,8 @@ import unicodedata
 
 # %% ../nbs/bench/escape.ipynb #20e9ed28
 _JOINERS = '\u200c\u200d'
-_UNSEEN = (
-    'Cc',
-    'Cf',
-    'Cs',
-    'Zl',
-    'Zp',
-)  # categories of Unicode: controls, formats, half characters
+# categories of Unicode: controls, formats, half characters, separators
+_UNSEEN = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
 
 
 def visible(

@@ -45,6 +45,7 @@ from .answer import check_token_budget, context_words, seen_picture
 from .ask import ask_model, row_noise
 from .core import suggest
 from .decode import Noise
+from .escape import terminal_line
 from .generate import Rollout, Sampling
 from .images import DECODER_ERRORS, open_header, open_image, to_uint8
 from .restore import decode_pixels
@@ -519,5 +520,5 @@ def serve(
             signal.signal(signal.SIGTERM, _stop)
         shown = f'[{host}]' if ':' in host else host
         url = f'http://{shown}:{place.getsockname()[1]}/v1'
-        print(f'serving {adapter.name} at {url}; stop with Ctrl-C', flush=True)
+        print(terminal_line(f'serving {adapter.name} at {url}; stop with Ctrl-C'), flush=True)
         web_server(app).run(sockets=[place])
