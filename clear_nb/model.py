@@ -23,17 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
-from transformers.activations import ACT2FN
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from .core import atomic_path, suggest
 from .flow import timestep_embedding
 from .folders import read_json, write_json
-from .mot import KVCache, Layout, MotDecoder
+from .mot import KVCache, Layout, MotDecoder, RMSNorm, rotary_embedding
 from .presets import Amount, Count, InRange, Layers, Positive, Side, Size, cast_value
 from .trajectory import Packed, TokenLayout
 from .vae import Vae, VaeConfig, diffusers_to_flux
-from .vit import Vit, VitConfig, sincos_table
+from .vit import Vit, VitConfig, activation, sincos_table
 
 # %% ../nbs/method/model.ipynb #6a0b1cd8
 @dataclass(frozen=True)
@@ -73,8 +71,13 @@ LLM_OPTIONS = dict(hidden_act=str, rms_norm_eps=Positive)
 
 def _check_activation(name: str, where: str):
     "Raise ValueError for an activation that transformers does not have."
-    if name not in ACT2FN:
-        raise ValueError(f'{where}: there is no activation {name!r}, {suggest(name, ACT2FN)}')
+    try:
+        activation(name)
+    except KeyError:
+        from transformers.activations import ACT2FN
+
+        text = f'{where}: there is no activation {name!r}, {suggest(name, ACT2FN)}'
+        raise ValueError(text) from None
 
 
 def check_llm(
@@ -186,7 +189,7 @@ class Connector(nn.Module):
         super().__init__()
         D = cfg.llm['hidden_size']
         self.fc1, self.fc2 = nn.Linear(cfg.vit.hidden, D), nn.Linear(D, D)
-        self.act = ACT2FN[cfg.connector_act]
+        self.act = activation(cfg.connector_act)
 
     def forward(self, x):
         "Map (n, ViT width) to (n, D)."
@@ -268,7 +271,7 @@ def _fill_module(
     name: str, m: nn.Module, generator: torch.Generator, embed_std: float, branch_scale: float
 ):
     "Fill one linear layer, embedding or norm."
-    if isinstance(m, Qwen2RMSNorm):
+    if isinstance(m, RMSNorm):
         m.weight.fill_(1.0)
     if not isinstance(m, (nn.Linear, nn.Embedding)):
         return
@@ -598,8 +601,9 @@ def meta_model(cfg: ClearConfig, tokenizer=None, dtype=torch.float32) -> ClearMo
 @torch.no_grad()
 def materialise(model: ClearModel, device='cpu') -> ClearModel:
     "Give a model memory on a device; its weights are not filled yet."
-    model.to_empty(device=device)
-    model.mot.rotary = Qwen2RotaryEmbedding(model.mot.cfg).to(device)
+    # as to_empty(device), which loads PyTorch's compiler for tensors without memory
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+    model.mot.rotary = rotary_embedding(model.mot.cfg).to(device)
     for t in (model.vit_pos_embed, model.latent_pos_embed):
         t.pos_embed.copy_(sincos_table(t.side, t.pos_embed.shape[1], t.base))
     return model

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLIT_CAUSAL', 'SPLIT_FULL', 'SPLIT_NOISE', 'ATTENTION_BACKENDS', 'FLEX_MIN_QUERIES', 'Layout', 'sees', 'visible',
            'visible_naive', 'Route', 'routed', 'KVCache', 'select_rows', 'put_rows', 'concatenate_caches', 'Slots',
-           'rope_rotate', 'Attention', 'attend_plain', 'block_mask', 'flex', 'attend', 'LayerContext', 'Layer',
-           'MotDecoder']
+           'RMSNorm', 'GatedMLP', 'RotaryEmbedding', 'rotary_embedding', 'rope_rotate', 'Attention', 'attend_plain',
+           'block_mask', 'flex', 'attend', 'LayerContext', 'Layer', 'MotDecoder']
 
 # %% ../nbs/method/mot.ipynb #41cf505d
 from dataclasses import dataclass, fields, replace
@@ -16,15 +16,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2MLP,
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-    rotate_half,
-)
+
+from .vit import activation, vector_table
 
 # %% ../nbs/method/mot.ipynb #f61cb59f
 SPLIT_CAUSAL, SPLIT_FULL, SPLIT_NOISE = 0, 1, 2  # modes of a split
@@ -179,7 +173,7 @@ def put_rows(
 # %% ../nbs/method/mot.ipynb #40c85939
 def concatenate_caches(
     caches: list,  # of the same decoder; the first one decides device and number format
-    cfg: Qwen2Config,  # configuration of the decoder
+    cfg,  # configuration of the decoder, a Qwen2Config
     spare: int,  # free slots for tokens to come
 ) -> KVCache:
     "Copy the rows of several caches into one, one cache after the other."
@@ -232,7 +226,70 @@ def write(
     c.v[i][row, :, slot] = v[self.at].to(c.v[i].dtype)
     return c.k[i][:, :, : self.width], c.v[i][:, :, : self.width]
 
+# %% ../nbs/method/mot.ipynb #af3f2b5e
+class RMSNorm(nn.Module):
+    "Scale vectors to unit mean square, in single precision, then weigh their entries."
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        "Map (..., width) to the same shape and number format."
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    "Two layers whose middle is multiplied by a gate."
+
+    def __init__(self, cfg):  # cfg: Qwen2Config
+        super().__init__()
+        D, middle = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = nn.Linear(D, middle, bias=False)
+        self.up_proj = nn.Linear(D, middle, bias=False)
+        self.down_proj = nn.Linear(middle, D, bias=False)
+        self.act = activation(cfg.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "Map (N, D) to the same shape."
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+# %% ../nbs/method/mot.ipynb #369ff538
+class RotaryEmbedding(nn.Module):
+    "Angles of the rotation: each pair of entries turns with the position at its own frequency."
+
+    def __init__(self, cfg):  # cfg: Qwen2Config
+        super().__init__()
+        d = getattr(cfg, 'head_dim', None) or cfg.hidden_size // cfg.num_attention_heads
+        place = 'cpu' if torch.empty(0).is_meta else None  # as for `vit.vector_table`
+        exponents = torch.arange(0, d, 2, dtype=torch.float, device=place) / d
+        frequencies = 1.0 / (cfg.rope_parameters['rope_theta'] ** exponents)
+        self.inv_freq = nn.Buffer(frequencies, persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple:  # cos and sin, (..., d) each
+        "Compute the angles of positions, on the device and in the number format of x."
+        angles = positions[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotary_embedding(cfg) -> nn.Module:  # cfg: Qwen2Config
+    "Make the rotation of a decoder; transformers is asked for stretched forms, such as YaRN."
+    if cfg.rope_parameters['rope_type'] == 'default':
+        return RotaryEmbedding(cfg)
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    return Qwen2RotaryEmbedding(cfg)
+
 # %% ../nbs/method/mot.ipynb #4b81d369
+def _rotate_half(x: Tensor) -> Tensor:
+    "Turn (a, b) into (-b, a), where a and b are the halves of the last axis."
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
 def rope_rotate(
     x: Tensor,  # (N, heads, d) queries or keys
     cos: Tensor,  # (N, d) float32
@@ -240,7 +297,7 @@ def rope_rotate(
 ) -> Tensor:  # (N, heads, d), in the number format of x
     "Rotate queries or keys by their position, in single precision; halves convention of Qwen2."
     y = x.float()
-    return (y * cos[:, None] + rotate_half(y) * sin[:, None]).to(x.dtype)
+    return (y * cos[:, None] + _rotate_half(y) * sin[:, None]).to(x.dtype)
 
 # %% ../nbs/method/mot.ipynb #9f15363d
 class Attention(nn.Module):
@@ -258,7 +315,7 @@ class Attention(nn.Module):
             out = nn.Linear(self.heads * self.d, cfg.hidden_size, bias=False)
             setattr(self, f'o_proj{suffix}', out)
             for name in 'qk':
-                norm = Qwen2RMSNorm(self.d, cfg.rms_norm_eps)
+                norm = RMSNorm(self.d, cfg.rms_norm_eps)
                 setattr(self, f'{name}_norm{suffix}', norm)
 
     def expert(self, name, x, n_und):
@@ -296,8 +353,9 @@ def attend_plain(
 def block_mask(
     q: Layout,  # (R, Lq) layout of the queries
     k: Layout,  # (R, Lk) layout of the keys
-) -> BlockMask:
+):  # BlockMask
     "Build the mask in the form of flex attention: blocks of 128 × 128 pairs."
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def token(layout, row, i):
         return layout.map(lambda t: t[row, i])
@@ -312,6 +370,8 @@ def block_mask(
 @once
 def flex(device: str):  # 'cuda' or 'cpu'
     "Return flex attention for a device; it is compiled on a GPU, where alone it is fast."
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True) if device == 'cuda' else flex_attention
 
 # %% ../nbs/method/mot.ipynb #07e19871
@@ -322,7 +382,7 @@ def attend(
     mask,  # (R, Lq, Lk) bool, or a BlockMask
 ) -> Tensor:  # (R, H, Lq, d)
     "Compute scaled dot-product attention with shared key heads."
-    if isinstance(mask, BlockMask):
+    if not isinstance(mask, Tensor):  # a BlockMask
         return flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     shape, K, g = q.shape, k.shape[1], q.shape[1] // k.shape[1]
     if shape[2] == 1:  # one query: the heads of a group become queries of one key head
@@ -371,9 +431,9 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(cfg, layer)
         for suffix in ('', '_moe_gen'):
-            setattr(self, f'mlp{suffix}', Qwen2MLP(cfg))
+            setattr(self, f'mlp{suffix}', GatedMLP(cfg))
             for name in ('input', 'post_attention'):
-                norm = Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+                norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
                 setattr(self, f'{name}_layernorm{suffix}', norm)
 
     def forward(self, x, ctx):
@@ -389,14 +449,14 @@ class Layer(nn.Module):
 class MotDecoder(nn.Module):
     "Stack of layers with two experts; parameters carry the names of the checkpoint."
 
-    def __init__(self, cfg: Qwen2Config):
+    def __init__(self, cfg):  # cfg: Qwen2Config
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = vector_table(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg.num_hidden_layers))
-        self.norm = Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.norm_moe_gen = Qwen2RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.rotary = Qwen2RotaryEmbedding(cfg)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.rotary = rotary_embedding(cfg)
         self.attention = 'auto'  # one of ATTENTION_BACKENDS
         self.checkpointing = False  # True: compute layers again in the backward pass, saves memory
 

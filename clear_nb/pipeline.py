@@ -276,7 +276,7 @@ def _execute(path: Path, out: Path, params: dict) -> None:
         return os.replace(partial, out)
     raise NotebookFailed(f'{path.stem} failed in {error}\npartial output: {partial}') from None
 
-# %% ../nbs/study/pipeline.ipynb #5ea34b76
+
 def _run_and_seal(path: Path, out: Path, given: dict, made: dict, variant: str) -> None:
     "Run a notebook, and write its stamp when it has finished; given: as for `run`."
     seal, start = out.with_suffix('.stamp.json'), time.time()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stopped', 'exit_status', 'stopped_by_signals', 'end_with_parent', 'without_interrupt', 'Children']
 
-# %% ../nbs/study/signals.ipynb #20f276fa
+# %% ../nbs/study/signals.ipynb #1fae478e
 import ctypes
 import os
 import signal
@@ -15,9 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastcore.basics import patch
-
-# %% ../nbs/study/signals.ipynb #f26b950f
+# %% ../nbs/study/signals.ipynb #c1e27976
 class Stopped(KeyboardInterrupt):
     "A signal that ends the program; `number` is that of the signal."
 
@@ -32,7 +30,7 @@ def exit_status(stop: BaseException) -> int:
         stop = stop.__cause__
     return 128 + (stop.number if stop else signal.SIGINT)
 
-# %% ../nbs/study/signals.ipynb #8d3ff4b8
+# %% ../nbs/study/signals.ipynb #afdda7d2
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -56,7 +54,7 @@ def stopped_by_signals() -> Iterator[None]:
         for s, handler in before.items():
             signal.signal(s, handler)
 
-# %% ../nbs/study/signals.ipynb #22aafd77
+# %% ../nbs/study/signals.ipynb #7c035e7a
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -67,7 +65,7 @@ def end_with_parent(parent: int):  # parent: its process number
     if os.getppid() != parent:
         raise Stopped(signal.SIGTERM)
 
-# %% ../nbs/study/signals.ipynb #018f5cd6
+# %% ../nbs/study/signals.ipynb #2a9096b4
 @contextmanager
 def without_interrupt() -> Iterator[None]:
     "Block SIGINT, for this thread and for processes that start inside the block."
@@ -77,7 +75,7 @@ def without_interrupt() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-# %% ../nbs/study/signals.ipynb #2817e892
+# %% ../nbs/study/signals.ipynb #c83def95
 class Children:
     "Commands that end with a block."
 
@@ -104,16 +102,14 @@ class Children:
         if isinstance(error, KeyboardInterrupt):
             self.end()
 
-# %% ../nbs/study/signals.ipynb #5692b116
-@patch
-def end(self: Children):
-    "End all commands that run."
-    with self.lock:
-        self.ended, alive = True, list(self.running)
-    for child in alive:
-        child.terminate()
-    for child in alive:
-        try:
-            child.wait(self.patience)
-        except subprocess.TimeoutExpired:
-            child.kill()
+    def end(self):
+        "End all commands that run."
+        with self.lock:
+            self.ended, alive = True, list(self.running)
+        for child in alive:
+            child.terminate()
+        for child in alive:
+            try:
+                child.wait(self.patience)
+            except subprocess.TimeoutExpired:
+                child.kill()

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     'flow': ['core'],
     'vae': ['core', 'presets'],
     'vit': ['core', 'presets'],
-    'mot': ['core'],
+    'mot': ['core', 'vit'],
     'grammar': [],
     'trajectory': ['core', 'grammar', 'vae', 'vit', 'mot'],
     'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images', 'records', 'folders'],
