@@ -274,10 +274,12 @@ def _segments(self: ClearAdapter, row: BenchmarkRow) -> tuple:  # row, segments
     return row, prompt
 
 # %% ../nbs/bench/adapters.ipynb #540c0f9e
-def _finish_of(rollout, limit: int) -> str:  # 'stop' or 'length'
+def _finish_of(rollout, limit: int):  # 'stop' or 'length'; None: its tokens are not recorded
     "Tell how the last text of a trajectory ended."
     from clear_nb.trajectory import MARKER
 
+    if not rollout.turns:
+        return None
     last = rollout.turns[-1]
     whole = last.ended or len(last.ids) < limit or rollout.texts[-1].endswith(MARKER)
     return 'stop' if whole else 'length'
@@ -459,7 +461,7 @@ def _token_to_write(processor) -> str:  # '' where the processor or its template
     blank = Image.new('RGB', (64, 64))
     try:
         tried = processor(text=['a'], images=[[blank]], return_tensors='pt')
-    except Exception:  # it misses the token
+    except (ValueError, TypeError, LookupError, RuntimeError):  # it misses the token
         return token
     number = processor.tokenizer.convert_tokens_to_ids(token)
     return '' if (tried['input_ids'] == number).any() else token
@@ -620,16 +622,18 @@ class ServerAdapter(Adapter):
         tries: Count = 8,  # of one request
         rpm: Positive = None,  # requests per minute; None: no limit
         max_new_tokens: Count = MAX_NEW_TOKENS,
+        name_rows: bool = False,  # tell `clear-nb serve` which row each request is about
         **options,  # further fields of the request; None leaves a field out
     ):
         from clear_nb.server import Server
 
         _check_options(options, key_env)
         self.server = Server(model, base_url, key_env, timeout, tries, rpm)
-        self.workers = workers
+        self.workers, self.name_rows = workers, name_rows
         fields = dict(temperature=0, max_tokens=max_new_tokens) | options
         self.options = {name: value for name, value in fields.items() if value is not None}
         about = dict(base_url=self.server.url, options=self.options)
+        about |= dict(name_rows=True) if name_rows else {}
         super().__init__(model, batch or 4 * workers, instruction, **about)
 
     def __call__(self, rows: list) -> list:  # Replies
@@ -653,7 +657,11 @@ def _ask_row(self: ServerAdapter, row: BenchmarkRow):  # Reply or Refused
     try:
         picture = dict(type='image_url', image_url=dict(url=_data_url(row)))
         text = dict(type='text', text=self.prompt(row))
-        answer, about = self.server.ask([picture, text], **self.options)
+        options = self.options
+        if self.name_rows:
+            row_name = dict(row=dict(benchmark=row.benchmark, index=row.index))
+            options = options | dict(extra_body=options.get('extra_body', {}) | row_name)
+        answer, about = self.server.ask([picture, text], **options)
     except Refused as e:
         return e
     except (ValueError, OSError) as e:
@@ -711,10 +719,11 @@ def fault_line(
     file: str = '',  # of the user; a line of it is preferred to one of a library
 ) -> str:
     "Write an exception as its traceback ends: class and message, with file, line and code."
-    text = _well_formed(''.join(traceback.format_exception_only(e)).strip().splitlines()[-1])
-    frames = [
-        f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_MACHINERY)
-    ]
+    lines = ''.join(traceback.format_exception_only(e)).split('\n')
+    lines = lines[-2:] if isinstance(e, SyntaxError) else lines  # before it stands the code
+    text = _well_formed(' '.join(' '.join(lines).split()))[:300]
+    found = traceback.extract_tb(e.__traceback__)
+    frames = [f for f in found if not f.filename.startswith(_MACHINERY)]
     if isinstance(e, SyntaxError) and e.filename:
         return f'{text} ({Path(e.filename).name}, line {e.lineno})'
     frames = [f for f in frames if f.filename == file] or frames
@@ -776,10 +785,18 @@ def _call_on_row(self: CallableAdapter, row: BenchmarkRow) -> Reply:
         if not isinstance(text, str):
             raise TypeError(f'{self.name} returned {type(text).__name__}, not a text')
     except (Exception, SystemExit) as e:
+        if _is_from_outside(e):
+            return _outage(f'{type(e).__name__}: {e}', clock.seconds)
         self.failed += 1
         return _outage(fault_line(e, _file_of(self.f)), clock.seconds)
     self.worked = True
     return Reply(_well_formed(text), seconds=clock.seconds)
+
+
+def _is_from_outside(e: BaseException) -> bool:
+    "Tell an outage, such as a server that does not answer, from a bug or a missing file."
+    of_files = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    return isinstance(e, OSError) and not isinstance(e, of_files)
 
 
 def _file_of(f: Callable) -> str:  # '' where it has none

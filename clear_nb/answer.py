@@ -23,6 +23,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from .core import atomic_path, suggest
+from .escape import terminal_line, terminal_text
 from .presets import Policy, load_preset
 from .records import find_stage
 
@@ -373,8 +374,8 @@ def _run_answer(args: argparse.Namespace):
         )
     for warning in caught:
         if str(warning.message).startswith('open_image'):
-            print(f'clear-nb: {warning.message}', file=sys.stderr)
-    print(result)
+            print(terminal_line(f'clear-nb: {warning.message}'), file=sys.stderr)
+    print(terminal_text(result))
     for place in save_images(result.images, out) if out else []:
         print(f'written: {place}')
     if out and not result.images:

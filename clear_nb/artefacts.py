@@ -7,122 +7,107 @@ __all__ = ['to_markdown', 'to_latex', 'save_table', 'save_figure']
 
 # %% ../nbs/study/artefacts.ipynb #17a565b6
 import math
-import re
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .core import PATHS, atomic_path, rng
-from clear_nb.stats import (
-    UNKNOWN,
-    Estimate,
-    scores_frame,
-)
+from .core import PATHS, atomic_path
+from .escape import csv_table, latex_text, markdown_cell
+from .stats import Estimate
 
 # %% ../nbs/study/artefacts.ipynb #b3cf4ad1
-def _shown(value) -> str:  # text of a cell
+def _shown(value) -> str:
+    """Write a cell as text: two decimals for a float, 'unknown' for a missing value."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return 'unknown'
     return f'{value:.2f}' if isinstance(value, float) else str(value)
 
 # %% ../nbs/study/artefacts.ipynb #a9a4bc71
 def to_markdown(df: pd.DataFrame) -> str:
-    "A Markdown table; missing values read 'unknown'."
-    lines = [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False, name=None)]
-    return (
-        '\n'.join(
-            '| ' + ' | '.join(_shown(v).replace('|', '\\|') for v in line) + ' |' for line in lines
-        )
-        + '\n'
-    )
-
-# %% ../nbs/study/artefacts.ipynb #11bca2db
-_SIGNS = {
-    '−': '$-$',
-    '≥': r'$\ge$',
-    '≤': r'$\le$',
-    '×': r'$\times$',
-    'λ': r'$\lambda$',
-    '<': '$<$',
-    '>': '$>$',
-    '·': r'$\cdot$',
-    '\\': r'\textbackslash{}',
-    '~': r'\textasciitilde{}',
-    '^': r'\textasciicircum{}',
-    '|': '$|$',
-    '[': '{[}',
-    **{c: f'\\{c}' for c in '&%$#_{}'},
-}
-_HEADER = '% needs \\usepackage{booktabs,graphicx}\n'
-_FIT = r'\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%'
-
-
-def _tex(text: str) -> str:  # plain text to LaTeX
-    text = re.sub(r'(?<![\w)])-(?=\d)', '−', text)
-    return ''.join(_SIGNS.get(c, c) for c in text)
+    """Write a table as Markdown; missing values read 'unknown'."""
+    rows = [df.columns, *df.itertuples(index=False, name=None)]
+    cells = [[markdown_cell(_shown(v)) for v in row] for row in rows]
+    cells.insert(1, ['---'] * df.shape[1])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in cells)
 
 # %% ../nbs/study/artefacts.ipynb #df7c5352
-def to_latex(df: pd.DataFrame, caption: str, name: str) -> str:  # name: of the label
-    "A LaTeX table with booktabs rules, never wider than the page."
-    text = df.map(_shown).map(_tex).rename(columns=lambda c: _tex(str(c)))
-    wide = (
-        [max(map(len, text.iloc[:, k])) > 45 for k in range(text.shape[1])]
-        if len(text)
-        else [False] * text.shape[1]
-    )
-    body = text.to_latex(index=False, column_format=''.join(r'p{7cm}' if w else 'l' for w in wide))
-    return f'{_HEADER}\\begin{{table}}\n\\caption{{{_tex(caption)}}}\n\\label{{tab:{name}}}\n{_FIT}\n{body}}}\n\\end{{table}}\n'
+_HEADER = '% needs \\usepackage{booktabs,graphicx}\n'
+_FIT = r'\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%'
+_LONG = 45  # characters of a cell above which its column is broken into lines
+
+
+def to_latex(
+    df: pd.DataFrame,
+    caption: str,
+    name: str,  # of the label
+) -> str:
+    """Write a table as LaTeX with booktabs rules, never wider than the page."""
+    text = df.map(_shown).map(latex_text).rename(columns=lambda c: latex_text(str(c)))
+    longest = [max(map(len, text.iloc[:, k]), default=0) for k in range(text.shape[1])]
+    columns = ''.join('p{7cm}' if n > _LONG else 'l' for n in longest)
+    body = text.to_latex(index=False, column_format=columns)
+    head = f'\\begin{{table}}\n\\caption{{{latex_text(caption)}}}\n\\label{{tab:{name}}}\n'
+    return f'{_HEADER}{head}{_FIT}\n{body}}}\n\\end{{table}}\n'
 
 # %% ../nbs/study/artefacts.ipynb #95a7bec3
-def _wide(df: pd.DataFrame) -> pd.DataFrame:  # estimates spread over columns
-    out = {}
+_SPREAD = dict(low='ci_low', high='ci_high', n='n')  # field of Estimate to name of its column
+
+
+def _wide(df: pd.DataFrame) -> pd.DataFrame:
+    """Spread estimates over columns; other cells of such a column leave the new ones empty."""
+    columns = {}
     for c in df:
-        out[c] = [v.mean if isinstance(v, Estimate) else v for v in df[c]]
-        if any(isinstance(v, Estimate) for v in df[c]):
-            for k, name in dict(low='ci_low', high='ci_high', n='n').items():
-                out[f'{c} {name}'] = [
-                    getattr(v, k) if isinstance(v, Estimate) else '' for v in df[c]
-                ]
-    return pd.DataFrame(out)
+        estimated = [isinstance(v, Estimate) for v in df[c]]
+        columns[c] = [v.mean if e else v for v, e in zip(df[c], estimated)]
+        if any(estimated):
+            for field, name in _SPREAD.items():
+                ends = [getattr(v, field) if e else '' for v, e in zip(df[c], estimated)]
+                columns[f'{c} {name}'] = ends
+    return pd.DataFrame(columns)
 
 # %% ../nbs/study/artefacts.ipynb #b09d025a
 def _root(sources: list[dict]) -> Path:
+    """Choose the folder of the artefacts; ValueError unless the sources share one preset."""
     presets = {r['preset'] for r in sources}
     if len(presets) != 1:
         raise ValueError(
-            f'an artefact needs records of exactly one preset as its sources, got {sorted(presets) or "none"}'
+            'an artefact needs records of exactly one preset as its sources, '
+            f'got {sorted(presets) or "none"}'
         )
     return PATHS.runs / 'smoke' / 'figures' if presets == {'smoke'} else PATHS.figures
 
 # %% ../nbs/study/artefacts.ipynb #fbf66bba
-def _grouped(sources: list) -> list:  # e.g. 'tiny/04_mmd_bench: base, clear_rl, seeds 0, 1'
-    found = {}
+def _seeds_text(seeds: tuple) -> str:
+    """Name some seeds, such as `seed 0` or `seeds 0, 1`."""
+    return f'seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}'
+
+
+def _grouped(sources: list[dict]) -> list[str]:
+    """Name records in short, for example 'tiny/04_mmd_bench: base, clear_rl, seeds 0, 1'."""
+    runs = {}  # (preset, notebook) to variant to seeds
     for r in sources:
-        found.setdefault((r['preset'], r['notebook']), set()).add((r['variant'], r['seed']))
-
-    def seeds(k):
-        return f'seed{"s" if len(k) > 1 else ""} {", ".join(map(str, sorted(k)))}'
-
-    out = []
-    for (preset, notebook), keys in sorted(found.items()):
-        by_seeds = {}
-        for v in sorted({v for v, _ in keys}):
-            by_seeds.setdefault(tuple(sorted(s for w, s in keys if w == v)), []).append(v)
-        out += [
-            f'{preset}/{notebook}{": " if any(names) else ""}{", ".join(filter(None, names))}, {seeds(k)}'
-            for k, names in by_seeds.items()
-        ]
-    return out
+        variants = runs.setdefault((r['preset'], r['notebook']), {})
+        variants.setdefault(r['variant'], set()).add(r['seed'])
+    names = []
+    for (preset, notebook), variants in sorted(runs.items()):
+        together = {}  # seeds to variants
+        for v in sorted(variants):
+            together.setdefault(tuple(sorted(variants[v])), []).append(v)
+        for seeds, group in together.items():
+            named = ', '.join(filter(None, group))
+            what = f'{notebook}: {named}' if named else notebook
+            names.append(f'{preset}/{what}, {_seeds_text(seeds)}')
+    return names
 
 # %% ../nbs/study/artefacts.ipynb #cf310b2f
 def _index_row(link: str, caption: str, notebook: str, sources: list[dict]) -> str:
+    """Write the row of one artefact; without sources the last two cells read 'none'."""
     names = ', '.join(_grouped(sources)) or 'none'
-    commits = ', '.join(
-        sorted({r['commit'][:12] + (' (dirty)' if r.get('dirty') is True else '') for r in sources})
-    )
-    return f'| [{link}]({link}) | {caption} | {notebook} | {names} | {commits or "none"} |'
+    marks = {r['commit'][:12] + ' (dirty)' * (r.get('dirty') is True) for r in sources}
+    commits = ', '.join(sorted(marks)) or 'none'
+    return f'| [{link}]({link}) | {caption} | {notebook} | {names} | {commits} |'
 
 # %% ../nbs/study/artefacts.ipynb #b2746a90
 _HEAD = [
@@ -135,60 +120,67 @@ _HEAD = [
 ]
 
 
-def _update_index(root: Path, row: str):
+def _update_index(root: Path, row: str) -> None:
+    """Put a row into `README.md` of a folder, in place of the row of the same artefact."""
     path, link = root / 'README.md', row.split(']')[0] + ']'
-    old = [l for l in path.read_text().splitlines() if l.startswith('| [')] if path.exists() else []
-    rows = sorted([l for l in old if not l.startswith(link)] + [row])
+    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+    others = [l for l in lines if l.startswith('| [') and not l.startswith(link)]
     with atomic_path(path) as tmp:
-        tmp.write_text('\n'.join(_HEAD + rows) + '\n')
+        tmp.write_text('\n'.join([*_HEAD, *sorted([*others, row])]) + '\n', encoding='utf-8')
 
 # %% ../nbs/study/artefacts.ipynb #b7415b1c
+def _place(sources: list[dict], root: Path | None) -> Path:
+    """Return the folder of one artefact; ValueError unless the sources share one preset."""
+    return Path(root or _root(sources)) / sources[0]['preset']
+
+
 def save_table(
     df: pd.DataFrame,  # cells: Estimate, number, text or missing
     name: str,  # file name without suffix
     caption: str,  # one sentence; scale and severity belong in it
     sources: list[dict],  # records the numbers come from, one preset
-    notebook: str = '07_tables',  # that draws it
-    root: Path | None = None,  # figures/, or runs/smoke/figures for smoke
-    measured: bool = True,  # False: the sources only name the preset, nothing comes from them
+    root: Path | None = None,  # None: figures/, or runs/smoke/figures for smoke
+    measured: bool = True,  # False: the sources only name the preset, no number is theirs
 ) -> dict[str, Path]:  # suffix to file
-    "Write `<root>/<preset>/<name>.{csv,md,tex}` and the row of the index."
-    root = Path(root or _root(sources))
-    folder = root / sources[0]['preset']
+    """Write `<root>/<preset>/<name>.{csv,md,tex}` and the row of the index.
+
+    ValueError unless the sources share one preset.
+    """
+    folder = _place(sources, root)
     bodies = dict(
-        csv=_wide(df).to_csv(index=False, float_format='%.3f', na_rep='unknown'),
+        csv=csv_table(_wide(df)).to_csv(index=False, float_format='%.3f', na_rep='unknown'),
         md=f'{caption}\n\n{to_markdown(df)}',
         tex=to_latex(df, caption, name),
     )
     for suffix, body in bodies.items():
         with atomic_path(folder / f'{name}.{suffix}') as tmp:
-            tmp.write_text(body)
-    _update_index(
-        root, _index_row(f'{folder.name}/{name}.md', caption, notebook, sources if measured else [])
-    )
+            tmp.write_text(body, encoding='utf-8')
+    link, named = f'{folder.name}/{name}.md', sources if measured else []
+    _update_index(folder.parent, _index_row(link, caption, '07_tables', named))
     return {s: folder / f'{name}.{s}' for s in bodies}
 
 # %% ../nbs/study/artefacts.ipynb #96048cb0
+_METADATA = dict(svg={'Date': None, 'Creator': None}, png={'Software': None})
+
+
 def save_figure(
     fig: plt.Figure,
-    name: str,
+    name: str,  # this and the next two as in `save_table`
     caption: str,
     sources: list[dict],
     notebook: str = '08_figures',  # that draws it
-    root: Path | None = None,
-    measured: bool = True,  # as in `save_table`
+    root: Path | None = None,  # this and the next as in `save_table`
+    measured: bool = True,
 ) -> dict[str, Path]:  # suffix to file
-    "Write `<root>/<preset>/<name>.{svg,png}` and the row of the index; the same figure gives the same bytes."
-    root = Path(root or _root(sources))
-    folder = root / sources[0]['preset']
+    """Write `<root>/<preset>/<name>.{svg,png}` and the row of the index.
+
+    The same figure gives the same bytes. ValueError unless the sources share one preset.
+    """
+    folder = _place(sources, root)
     with matplotlib.rc_context({'svg.hashsalt': 'clear_nb'}):
-        for suffix, meta in dict(
-            svg={'Date': None, 'Creator': None}, png={'Software': None}
-        ).items():
+        for suffix, metadata in _METADATA.items():
             with atomic_path(folder / f'{name}.{suffix}') as tmp:
-                fig.savefig(tmp, metadata=meta, dpi=150)
-    _update_index(
-        root,
-        _index_row(f'{folder.name}/{name}.svg', caption, notebook, sources if measured else []),
-    )
-    return {s: folder / f'{name}.{s}' for s in ('svg', 'png')}
+                fig.savefig(tmp, metadata=metadata, dpi=150)
+    link, named = f'{folder.name}/{name}.svg', sources if measured else []
+    _update_index(folder.parent, _index_row(link, caption, notebook, named))
+    return {s: folder / f'{name}.{s}' for s in _METADATA}

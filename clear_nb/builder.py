@@ -42,6 +42,7 @@ from clear_nb.candidates import (
     select_questions,
 )
 from .core import atomic_path, explain_full_disk, file_hash
+from .escape import terminal_line
 from .folders import begin_folder, finish_folder, one_writer
 from .identity import made_from
 from clear_nb.judge import (
@@ -449,5 +450,6 @@ def run_build(
         print(done)
         return 0
     record = json.loads(write_build_record(args.out, clock.seconds).read_text(encoding='utf-8'))
-    print(*build_summary(done), table(record), f'written: {args.out / "manifest.json"}', sep='\n')
+    summary = map(terminal_line, build_summary(done))
+    print(*summary, table(record), f'written: {args.out / "manifest.json"}', sep='\n')
     return _warn_if_short(done['accounts']['examples'], recipe.n)

@@ -437,100 +437,155 @@ def _band_slots(
     return np.where(rows < end[:, None], rows, len(end))
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c17
-def _mean_shift_inputs(img: np.ndarray, reach: float) -> tuple:  # planes, slots, spans
-    "Lay an image out for `_mean_shift_step`, whose arguments say what the three arrays hold."
-    h, w = img.shape[:2]
-    slots = _band_slots(*_window_bounds(h, reach))
-    planes = np.full((5, h + 1, w), 9999, np.int32)
-    planes[:2, :h], planes[2:, :h] = np.indices((h, w)), img.transpose(2, 0, 1)
-    return planes, slots, np.stack(_window_bounds(w, reach), 1) * slots.shape[1]
+_STEPS = 5  # a point stops after so many steps
+_NO_COLOUR = 9999  # of a slot that a window does not need
 
-# %% ../nbs/world/degrade.ipynb #c3607a67
+
 def _fill_band(
-    band,  # (5, w * d + 64) int32, changed in place
+    band,  # (5, n) int16: row, column, red, green, blue of each place; changed in place
     held,  # (d,) image row in each slot of the band, changed in place
-    planes,  # (5, h+1, w) as in `_mean_shift_step`
+    image,  # (h, w, 3) uint8
+    left,  # image column with which the band begins
+    width,  # image columns that it holds
     wanted,  # (d,) image row that each slot shall hold
 ):
     "Copy image rows into the slots that do not hold them yet; for numba."
     depth = len(wanted)
-    for k in range(depth):
-        if held[k] == wanted[k]:
+    for slot in range(depth):
+        row = wanted[slot]
+        if held[slot] == row:
             continue
-        held[k] = wanted[k]
-        for plane in range(5):
-            for column in range(planes.shape[2]):
-                band[plane, column * depth + k] = planes[plane, held[k], column]
+        held[slot] = row
+        for k in range(width):
+            place = k * depth + slot
+            band[0, place], band[1, place] = row, left + k
+            for c in range(3):
+                band[2 + c, place] = image[row, left + k, c] if row < len(image) else _NO_COLOUR
+
+# %% ../nbs/world/degrade.ipynb #b3d1f5b8
+_I16, _U16 = np.int16, np.uint16
+_FAR = 20_000  # a squared difference of one colour, cut here
+
+
+def _sum_stretch(
+    band,  # (5, ...) int16 from `_fill_band`
+    first,  # where the stretch begins in the band
+    n,  # pixels of the stretch
+    red,  # colour of the point that moves, int16
+    green,
+    blue,
+    r2,  # uint16, squared colour radius
+) -> tuple:  # six int16: number, rows, columns, and differences in red, green and blue
+    "Sum the pixels of a stretch whose colour is near the point's; for numba."
+    zero, most = _I16(0), _U16(_FAR)
+    count = sum_y = sum_x = sum_r = sum_g = sum_b = zero
+    for k in range((n + 31) // 32 * 32):
+        q = np.uintp(first + k)
+        y, x, dr = band[0, q], band[1, q], _I16(band[2, q] - red)
+        dg, db = _I16(band[3, q] - green), _I16(band[4, q] - blue)
+        cut = min(_I16(abs(dr)), _I16(104))
+        gap = _U16(_U16(cut * cut) + min(_U16(dg * dg), most))
+        gap = _U16(gap + min(_U16(db * db), most))
+        is_near = (gap <= r2) & (_I16(k) < _I16(n))
+        count = _I16(count + _I16(is_near))
+        sum_y = _I16(sum_y + (y if is_near else zero))
+        sum_x = _I16(sum_x + (x if is_near else zero))
+        sum_r = _I16(sum_r + (dr if is_near else zero))
+        sum_g = _I16(sum_g + (dg if is_near else zero))
+        sum_b = _I16(sum_b + (db if is_near else zero))
+    return count, sum_y, sum_x, sum_r, sum_g, sum_b
 
 # %% ../nbs/world/degrade.ipynb #65401ae4
 def _sum_window(
-    band,  # (5, ...) int32 from `_fill_band`
-    span,  # (2,) where the window begins and ends in the band
-    point,  # (5,) int32, the point that moves
-    r2,  # int32, squared colour radius
-) -> tuple:  # six int32: number, rows, columns, reds, greens, blues
+    band,  # (5, ...) int16 from `_fill_band`
+    start,  # where the window begins in the band
+    n,  # pixels of the window
+    points,  # (m, 5) int32: row, column and colour of points
+    p,  # row of the point that moves
+    r2,  # uint16, squared colour radius
+    stretch,  # pixels whose sums fit in 16 bits, a multiple of 32
+) -> tuple:  # six integers: number, rows, columns, reds, greens, blues
     "Sum the pixels of a window whose colour is near the point's; for numba."
-    start, n = span[0], np.int32(span[1] - span[0])
-    end = start + (n + 63) // 64 * 64
-    red, green, blue = point[2], point[3], point[4]
-    ys, xs = band[0, start:end], band[1, start:end]
-    reds, greens, blues = band[2, start:end], band[3, start:end], band[4, start:end]
-    count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int32(0)
-    for k in range(end - start):
-        dr, dg, db = np.int32(reds[k] - red), np.int32(greens[k] - green), np.int32(blues[k] - blue)
-        is_near = np.int32(dr * dr + dg * dg + db * db) <= r2 and np.int32(k) < n
-        mask = np.int32(-np.int32(is_near))  # all bits set, or none
-        count = np.int32(count - mask)
-        sum_y, sum_x = np.int32(sum_y + (mask & ys[k])), np.int32(sum_x + (mask & xs[k]))
-        sum_r, sum_g = np.int32(sum_r + (mask & reds[k])), np.int32(sum_g + (mask & greens[k]))
-        sum_b = np.int32(sum_b + (mask & blues[k]))
-    return count, sum_y, sum_x, sum_r, sum_g, sum_b
+    y, x = points[p, 0], points[p, 1]
+    red, green, blue = _I16(points[p, 2]), _I16(points[p, 3]), _I16(points[p, 4])
+    count = sum_y = sum_x = sum_r = sum_g = sum_b = np.int64(0)
+    for done in range(0, n, stretch):
+        sums = _sum_stretch(band, start + done, min(stretch, n - done), red, green, blue, r2)
+        near = np.int64(sums[0])
+        count += near
+        sum_y, sum_x = sum_y + _I16(sums[1] - near * y), sum_x + _I16(sums[2] - near * x)
+        sum_r, sum_g, sum_b = sum_r + sums[3], sum_g + sums[4], sum_b + sums[5]
+    sum_y, sum_x, sum_r = sum_y + count * y, sum_x + count * x, sum_r + count * red
+    return count, sum_y, sum_x, sum_r, sum_g + count * green, sum_b + count * blue
 
 # %% ../nbs/world/degrade.ipynb #b2d4b0c9
+def _move_point(
+    state,  # (n, 5) int32, changed in place
+    p,  # row of the point
+    sums,  # of `_sum_window`
+) -> bool:  # does it go on?
+    "Move a point to the mean of its window; for numba."
+    if sums[0] == 0:
+        return False
+    moved, recoloured, share = 0, 0, 1 / sums[0]
+    for k in range(5):
+        new = np.int32(np.rint(sums[k + 1] * share))
+        step = new - state[p, k]
+        if k < 2:
+            moved += abs(step)
+        else:
+            recoloured += step * step
+        state[p, k] = new
+    return moved > 0 and moved + recoloured > 1
+
+# %% ../nbs/world/degrade.ipynb #a7691584
 def _same_colour(
-    one,  # (5,) int32, a row of `state`
-    other,  # (5,) int32
+    one,  # (n, 5) int32, points as in `state`
+    k,  # row of `one`
+    two,  # (n, 5) int32
+    p,  # row of `two`
 ) -> bool:
     "Compare the colours of two points; for numba."
-    return one[2] == other[2] and one[3] == other[3] and one[4] == other[4]
+    return one[k, 2] == two[p, 2] and one[k, 3] == two[p, 3] and one[k, 4] == two[p, 4]
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c07
-def _mean_shift_step(
-    planes,  # (5, h+1, w) int32: row, column and colour of each pixel; then the impossible row
-    state,  # (n, 5) int32: row, column and colour of each moving point
+def _move_points(
+    image,  # (h, w, 3) uint8
+    state,  # (n, 5) int32: row, column and colour of each moving point; changed in place
     order,  # indices into state of the points to move, sorted by row
+    columns,  # first image column that a window of these points reads, and one past the last
     slots,  # (h, d) from `_band_slots`
-    spans,  # (w, 2) where the window around a column begins and ends in the band
-    r2,  # int32, squared colour radius
-) -> tuple:  # new (n, 5) state, (n,) bool: which points go on
+    spans,  # (w, 2) first column of the window around a column, and one past its last
+    r2,  # uint16, squared colour radius
+    stretch,  # as in `_sum_window`
+) -> np.ndarray:  # (n,) bool: which points go on
     "Move the points of `order` by one step; for numba."
-    width, depth = planes.shape[2], slots.shape[1]
-    band, held = np.zeros((5, width * depth + 64), np.int32), np.full(depth, -1)
-    out, goes_on = state.copy(), np.zeros(len(state), np.bool_)
-    row, last_here = -1, np.full(width, -1)  # last point of this row in each column
+    left, width, depth = columns[0], columns[1] - columns[0], slots.shape[1]
+    band, held = np.empty((5, width * depth + 32), np.int16), np.full(depth, -1)
+    before, last_here = np.zeros((width, 5), np.int32), np.full(width, -1)
+    goes_on, row = np.zeros(len(state), np.bool_), -1
     for p in order:
-        y, x, red, green, blue = state[p, 0], state[p, 1], state[p, 2], state[p, 3], state[p, 4]
+        y, x, column = state[p, 0], state[p, 1], state[p, 1] - left
         if y != row:
             row, last_here[:] = y, -1
-            _fill_band(band, held, planes, slots[y])
-        twin, last_here[x] = last_here[x], p
-        if twin >= 0 and _same_colour(state[twin], state[p]):
-            out[p], goes_on[p] = out[twin], goes_on[twin]
-            continue
-        sums = _sum_window(band, spans[x], state[p], r2)
-        if sums[0] == 0:
+            _fill_band(band, held, image, left, width, slots[y])
+        twin, last_here[column] = last_here[column], p
+        if twin >= 0 and _same_colour(before, column, state, p):
+            for k in range(5):
+                state[p, k] = state[twin, k]
+            goes_on[p] = goes_on[twin]
             continue
         for k in range(5):
-            out[p, k] = np.rint(sums[k + 1] * (1 / sums[0]))
-        moved = abs(out[p, 0] - y) + abs(out[p, 1] - x)
-        recoloured = (out[p, 2] - red) ** 2 + (out[p, 3] - green) ** 2 + (out[p, 4] - blue) ** 2
-        goes_on[p] = moved > 0 and moved + recoloured > 1
-    return out, goes_on
+            before[column, k] = state[p, k]
+        start, end = (spans[x, 0] - left) * depth, (spans[x, 1] - left) * depth
+        sums = _sum_window(band, start, end - start, before, column, r2, stretch)
+        goes_on[p] = _move_point(state, p, sums)
+    return goes_on
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c08
 @lru_cache(1)
 def _compiled_step() -> Callable:
-    """Compile `_mean_shift_step` and the functions it calls.
+    """Compile `_move_points` and the functions it calls.
 
     The machine code is kept beside the module or in the user's cache folder. Where neither can be
     written, every process compiles anew.
@@ -538,29 +593,64 @@ def _compiled_step() -> Callable:
     import numba
     from numba.extending import register_jitable
 
-    for function in (_fill_band, _sum_window, _same_colour):
+    for function in (_fill_band, _sum_stretch, _sum_window, _same_colour, _move_point):
         register_jitable(function)
     try:
-        return numba.njit(cache=True, nogil=True)(_mean_shift_step)
+        return numba.njit(cache=True, nogil=True)(_move_points)
     except RuntimeError:  # numba found no folder to write in
-        return numba.njit(nogil=True)(_mean_shift_step)
+        return numba.njit(nogil=True)(_move_points)
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c09
+_BLOCK = 512  # rows and columns of a block
+
+
+def _block_of(mask: np.ndarray, top: int, left: int) -> tuple:  # (n,) rows, (n,) columns
+    "List the marked pixels of a block."
+    rows, columns = np.nonzero(mask[top : top + _BLOCK, left : left + _BLOCK])
+    return rows + top, columns + left
+
+
+def _shift_block(
+    image: np.ndarray,  # (h, w, 3) uint8
+    rows: np.ndarray,  # (n,) of the pixels to move
+    columns: np.ndarray,  # (n,)
+    slots: np.ndarray,  # as in `_move_points`
+    spans: np.ndarray,
+    reach: int,  # the longest step in pixels
+    r2: int,  # squared colour radius
+) -> np.ndarray:  # (n, 3) colours where the pixels stop
+    "Move pixels by up to five steps."
+    state = np.column_stack([rows, columns, image[rows, columns]]).astype(np.int32)
+    order = np.arange(len(state))
+    margin = (_STEPS + 1) * reach
+    read = max(0, columns.min() - margin), min(image.shape[1], columns.max() + 1 + margin)
+    stretch = 32767 // max(41, reach) // 32 * 32
+    for _ in range(_STEPS):
+        goes_on = _compiled_step()(image, state, order, read, slots, spans, np.uint16(r2), stretch)
+        order = np.flatnonzero(goes_on)
+        near = (state[order, 0] - rows[0]).astype(np.int16)  # 16 bits are sorted by counting
+        order = order[np.argsort(near, kind='stable')]
+    return state[:, 2:]
+
+# %% ../nbs/world/degrade.ipynb #1ea62b06
 def _shift_pixels(
     img: np.ndarray,  # (h, w, 3) uint8
     mask: np.ndarray,  # (h, w) bool, the pixels to move
     reach: float,  # spatial radius in pixels
     r2: int,  # squared colour radius
-) -> np.ndarray:  # (n, 3) uint8, one row per pixel of mask
-    "Move pixels by up to five steps and return the colours where they stop."
-    planes, slots, spans = _mean_shift_inputs(img, reach)
-    state = np.hstack([np.argwhere(mask), img[mask]]).astype(np.int32)
-    order = np.arange(len(state))
-    for _ in range(5):
-        state, goes_on = _compiled_step()(planes, state, order, slots, spans, np.int32(r2))
-        order = np.flatnonzero(goes_on)
-        order = order[np.argsort(state[order, 0], kind='stable')]
-    return state[:, 2:].astype(np.uint8)
+    out: np.ndarray,  # (h, w, 3) uint8, receives the colours where the pixels stop
+):
+    "Move pixels by up to five steps, block by block."
+    h, w = mask.shape
+    slots = _band_slots(*_window_bounds(h, reach))
+    spans = np.stack(_window_bounds(w, reach), 1)
+    for top in range(0, h, _BLOCK):
+        for left in range(0, w, _BLOCK):
+            rows, columns = _block_of(mask, top, left)
+            if len(rows):
+                out[rows, columns] = _shift_block(
+                    img, rows, columns, slots, spans, int(max(1, reach)) + 1, r2
+                )
 
 # %% ../nbs/world/degrade.ipynb #5b1f0c14
 def _near_edges(coarse: np.ndarray, shape: tuple, r2: int) -> np.ndarray:  # (h, w) bool
@@ -568,12 +658,13 @@ def _near_edges(coarse: np.ndarray, shape: tuple, r2: int) -> np.ndarray:  # (h,
     (h, w), mask = coarse.shape[:2], np.zeros(shape[:2], np.uint8)
     if min(h, w) < 3:
         return mask.astype(bool)
-    colours, edge = coarse.astype(int), False
+    edge, sum_channels = False, np.ones((1, 3), np.float32)
     for y, x in np.ndindex(3, 3):
-        gap = colours[y : y + h - 2, x : x + w - 2] - colours[1:-1, 1:-1]
-        edge |= (gap**2).sum(-1) >= max(r2, 16)
+        gap = cv2.absdiff(coarse[y : y + h - 2, x : x + w - 2], coarse[1:-1, 1:-1])
+        squares = cv2.multiply(gap, gap, dtype=cv2.CV_16U)
+        edge |= cv2.transform(squares, sum_channels) >= max(r2, 16)  # sums stop at 65,535
     mask[3 : 2 * h - 2 : 2, 1 : 2 * w - 4 : 2] = edge
-    return cv2.dilate(mask, None).astype(bool)
+    return cv2.dilate(mask, None).view(bool)
 
 # %% ../nbs/world/degrade.ipynb #a538dce7
 @_register('transmission', deterministic=True)
@@ -581,14 +672,13 @@ def mean_shift(img: np.ndarray, i: float, rng, s: float) -> np.ndarray:
     "Paint flat patches with hard borders, equal to OpenCV's to the byte."
     radius = int(40 * i)
     reach = radius if s == 1 else max(1.0, radius * s)
-    if reach < 5:
+    if not 5 <= reach < 1000:
         return cv2.pyrMeanShiftFiltering(img, reach, radius)
     half = cv2.pyrDown(img)
-    everywhere = np.ones(half.shape[:2], bool)
-    coarse = _shift_pixels(half, everywhere, reach / 2, radius**2).reshape(half.shape)
+    coarse = np.empty_like(half)
+    _shift_pixels(half, np.ones(half.shape[:2], bool), reach / 2, radius**2, coarse)
     out = cv2.pyrUp(coarse, dstsize=img.shape[1::-1])
-    mask = _near_edges(coarse, img.shape, radius**2)
-    out[mask] = _shift_pixels(img, mask, reach, radius**2)
+    _shift_pixels(img, _near_edges(coarse, img.shape, radius**2), reach, radius**2, out)
     return out
 
 # %% ../nbs/world/degrade.ipynb #a7ed167b

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROW_KEY', 'REPLY_SCHEMA', 'row_text', 'row_hash', 'RunNote', 'read_run', 'replies_made_from', 'ReplyStore',
-           'read_replies', 'chosen_rows', 'check_choice', 'in_shard', 'launched_shard', 'finished_state', 'ask_rows',
-           'run_rows', 'merge_parts']
+           'ReplyLine', 'read_replies', 'chosen_rows', 'check_choice', 'in_shard', 'launched_shard', 'finished_state',
+           'ask_rows', 'run_rows', 'merge_parts']
 
 # %% ../nbs/bench/evaluate.ipynb #cd3c6aaf
 import hashlib
 import json
 import os
-import secrets
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,9 +23,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import chunked, patch
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from .core import atomic_path, progress_bar
+from .core import atomic_path, explain_full_disk, progress_bar
+from .escape import terminal_line
 from clear_nb.folders import (
     accepted_changes,
     noted_identity,
@@ -109,70 +111,122 @@ def _settle(folder: Path, adapter: Adapter, content: str, data: str, accept_code
     if found := accepted_changes(folder, old, made, accept_code):
         write_json(folder / 'run.json', with_changes(run, made, found))
 
+# %% ../nbs/bench/evaluate.ipynb #20723525
+def _whole_lines(path: Path) -> bytes:
+    "Read a file of lines; warn about half a line at its end, which is left out."
+    whole, newline, torn = path.read_bytes().rpartition(b'\n')
+    if torn:
+        warnings.warn(
+            f'{path}: the last line is half written (its run was stopped); '
+            'it is left out, and the next run asks its row again'
+        )
+    return whole + newline
+
 # %% ../nbs/bench/evaluate.ipynb #d2ed4f65
 @dataclass
 class ReplyStore:
-    "The replies of a run on the disk."
+    "The replies of one process of a run on the disk; use it in a `with` block."
 
     folder: Path  # of the run
+    shard: tuple = (0, 1)  # (i, n): process i of n
 
-    parts_to_join = 16  # of this process
-    largest_join = 4096  # replies; a joined part that holds more is left alone
+    seconds_to_sync = 2.0  # replies of this time may be lost when the power fails
 
     def __post_init__(self):
-        self.fresh = []  # parts of this process that are not joined yet
-        self.joined = []  # the joined part that still grows, or none
+        part, parts = self.shard
+        self.path = Path(self.folder) / 'parts' / f'replies-{part}-of-{parts}.jsonl'
+        self.file, self.synced = None, time.monotonic()
 
-    def _write(self, table: pa.Table, born: str) -> Path:  # born: nanoseconds, for the order
-        path = self.folder / 'parts' / f'part-{born}-{secrets.token_hex(4)}.parquet'
-        with atomic_path(path) as tmp:
-            pq.write_table(table, tmp)
-        return path
+    def __enter__(self):
+        return self
 
-    def append(self, rows: list, replies: list):
-        "Keep the replies of a batch; a row whose reply is None is left out."
-        lines = [_record(s, r) for s, r in zip(rows, replies) if r is not None]
-        if lines:
-            table = pa.Table.from_pylist(lines, REPLY_SCHEMA)
-            self.fresh.append(self._write(table, f'{time.time_ns():020d}'))
-        if len(self.fresh) >= self.parts_to_join:
-            self._join()
+    def __exit__(self, *error):
+        if self.file:
+            os.fsync(self.file.fileno())
+            self.file.close()
 
 # %% ../nbs/bench/evaluate.ipynb #0caf5cc4
 @patch
-def _join(self: ReplyStore):
-    "Write the parts of this process as one."
-    members = self.joined + self.fresh
-    tables = [pq.read_table(p, schema=REPLY_SCHEMA) for p in members]
-    table = pa.concat_tables(tables)
-    path = self._write(table, members[0].name.split('-')[1])
-    for p in members:
-        p.unlink()
-    self.fresh, self.joined = [], [path] if len(table) < self.largest_join else []
+def _open(self: ReplyStore):
+    "Open the file for new lines; a torn end is cut off."
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    if self.path.exists():
+        os.truncate(self.path, len(_whole_lines(self.path)))
+    self.file = self.path.open('ab', buffering=0)
+
+
+@patch
+def append(self: ReplyStore, rows: list, replies: list):
+    "Keep the replies of a batch; a row whose reply is None is left out. OSError on a full disk."
+    born = time.time_ns()
+    records = [_record(s, r) | dict(born=born) for s, r in zip(rows, replies) if r is not None]
+    if not records:
+        return
+    lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+    data = memoryview(lines.encode('utf-8', 'replace'))
+    with explain_full_disk(self.path):
+        if not self.file:
+            self._open()
+        while data:
+            data = data[self.file.write(data) :]
+        if time.monotonic() - self.synced > self.seconds_to_sync:
+            os.fsync(self.file.fileno())
+            self.synced = time.monotonic()
 
 # %% ../nbs/bench/evaluate.ipynb #c08cde7e
-def _read_part(path: Path) -> pd.DataFrame:
-    "Read one part. ValueError when it is damaged, FileNotFoundError when it was just joined."
+class ReplyLine(TypedDict):
+    "Fields of a line of replies: those of `REPLY_SCHEMA`, and when it was written."
+
+    benchmark: str
+    index: str
+    corruption: str
+    severity: str
+    reply: str | None
+    kind: str
+    detail: str
+    seconds: float | None
+    sample: str
+    hash: str
+    born: int  # nanoseconds
+
+
+_REPLY_LINE = TypeAdapter(ReplyLine)
+
+
+def _read_lines(path: Path) -> list:  # one dict per reply
+    "Read a file of replies. ValueError for a damaged line that is not the last."
+    lines = []
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
+        try:
+            lines.append(_REPLY_LINE.validate_json(line))
+        except ValidationError as e:
+            fault = e.errors(include_url=False)[0]['msg']
+            raise ValueError(
+                f'{path}, line {number} cannot be read ({fault}); '
+                'delete the line, its row is then asked again.'
+            ) from e
+    return lines
+
+# %% ../nbs/bench/evaluate.ipynb #1f6afb92
+def _read_part(path: Path) -> list:  # one dict per reply
+    "Read a Parquet file of an earlier version. ValueError when it is damaged."
     try:
-        return pq.read_table(path, schema=REPLY_SCHEMA).to_pandas()
-    except FileNotFoundError:
-        raise
+        lines = pq.read_table(path, schema=REPLY_SCHEMA).to_pylist()
     except (pa.ArrowInvalid, OSError) as e:
         raise ValueError(
             f'{path} cannot be read ({e}); delete it, its rows are then asked again.'
         ) from e
+    born = path.name.split('-')[1]
+    return [dict(line, born=int(born) if born.isdecimal() else 0) for line in lines]
 
 
 def read_replies(folder: Path) -> pd.DataFrame:  # columns of REPLY_SCHEMA
-    "Read the replies of a run, one line per row, sorted by key. ValueError for a damaged part."
-    for attempt in range(9):  # another process may join parts meanwhile
-        paths = sorted((Path(folder) / 'parts').glob('part-*.parquet'))
-        try:
-            parts = [_read_part(p) for p in paths]
-            break
-        except FileNotFoundError:
-            time.sleep(0.1 * attempt)
-    table = pd.concat([REPLY_SCHEMA.empty_table().to_pandas(), *parts], ignore_index=True)
+    "Read the replies of a run, one line per row, sorted by key. ValueError for a damaged file."
+    parts = Path(folder) / 'parts'
+    old = chain.from_iterable(map(_read_part, sorted(parts.glob('part-*.parquet'))))
+    new = chain.from_iterable(map(_read_lines, sorted(parts.glob('replies-*.jsonl'))))
+    lines = sorted(chain(old, new), key=lambda line: line['born'])
+    table = pa.Table.from_pylist(lines, REPLY_SCHEMA).to_pandas()
     place = pd.Series(table.index, table.index)
     order = place.where(table.kind == 'answer', 2 * len(table) - place)
     first = table.iloc[order.argsort()].drop_duplicates(ROW_KEY)
@@ -333,8 +387,8 @@ def _no_row(rejects: list) -> str:  # a sentence; rejects: as dicts
     )
 
 
-def _ask_and_keep(adapter: Adapter, todo: Iterable, folder: Path, batch: int, bar):
-    store, outages = ReplyStore(folder), 0
+def _ask_and_keep(adapter: Adapter, todo: Iterable, store: ReplyStore, batch: int, bar):
+    outages = 0
     for part, replies in ask_rows(adapter, todo, batch):
         store.append(part, replies)
         bar.update(len(part))
@@ -378,8 +432,11 @@ def run_rows(
         chosen = chosen_rows(_usable(rows, count['rejects']), severities, limit)
         todo = _unanswered(chosen, answered, shard, count)
         plan = _planned(outline, severities, limit, shard, answered)
-        with progress_bar(desc=adapter.name, show=progress, unit='rows', **plan) as bar:
-            _ask_and_keep(adapter, todo, folder, batch or adapter.batch, bar)
+        with progress_bar(
+            desc=terminal_line(adapter.name), show=progress, unit='rows', **plan
+        ) as bar:
+            with ReplyStore(folder, shard) as store:
+                _ask_and_keep(adapter, todo, store, batch or adapter.batch, bar)
         if not count['rows']:
             raise ValueError(_no_row(count['rejects']))
         write_json(_finished_file(folder, shard), count)

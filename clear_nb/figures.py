@@ -16,19 +16,15 @@ import pandas as pd
 
 from .core import rng
 from .paper import paper_table
-from clear_nb.stats import (
-    UNKNOWN,
-    Estimate,
-    condition_outcomes,
-    scores_frame,
-    share_mean,
-)
+from .stats import Estimate, condition_outcomes, share_mean
 from clear_nb.tables import (
     LABELLED,
     LABELS,
+    OUR_SCALE,
     SEVERITY_LABELS,
     clean_and_hard,
     clean_hard_drop,
+    paper_trigger_rates,
     trigger_rates,
 )
 
@@ -36,89 +32,106 @@ from clear_nb.tables import (
 MODEL_COLOURS, MODEL_MARKERS = matplotlib.color_sequences['petroff8'], 'osD^vPX*'
 
 # %% ../nbs/study/figures.ipynb #d6adbb5e
-def _points(table: pd.DataFrame, column: str) -> tuple:  # x, (y, low, high) of each known row
-    known = [
-        (float(x), *((v.mean, v.low, v.high) if isinstance(v, Estimate) else (v, v, v)))
-        for x, v in zip(table.iloc[:, 0], table[column])
-        if not isinstance(v, str)
-    ]
-    return np.array([k for k in known if not any(map(pd.isna, k[:2]))], float).reshape(-1, 4).T
+def _points(table: pd.DataFrame, column: str) -> np.ndarray:  # (4, rows)
+    """Collect position, height and both ends of the interval of each known cell of a column.
+
+    The ends of a number without an interval are the number itself.
+    """
+    known = []
+    for x, value in zip(table.iloc[:, 0], table[column]):
+        if isinstance(value, str):
+            continue
+        height = value[1:] if isinstance(value, Estimate) else (value, value, value)
+        if not pd.isna(float(x)) and not pd.isna(height[0]):
+            known.append((float(x), *height))
+    return np.array(known, float).reshape(-1, 4).T
 
 # %% ../nbs/study/figures.ipynb #57238e0e
-def _curve(
-    ax, table: pd.DataFrame, columns: Mapping, title: str, **how
-) -> None:  # columns: label to column
+def _curve_style(k: int, column: str) -> dict:
+    """Choose colour and marker of the curve with number k, or grey dashes for the paper's."""
+    if 'paper' in column:
+        return dict(color='grey', linestyle='--')
+    return dict(color=MODEL_COLOURS[k], marker=MODEL_MARKERS[k])
+
+
+def _write_unknown(ax: plt.Axes) -> None:
+    """Write 'unknown' into the middle of a panel."""
+    ax.text(0.5, 0.5, 'unknown', ha='center', transform=ax.transAxes)
+
+
+def _name_ticks(ax: plt.Axes, positions: Sequence) -> None:
+    """Label a logarithmic axis at the given positions and nowhere else."""
+    ax.set_xticks(positions, [f'{x:g}' for x in positions])
+    ax.minorticks_off()
+
+# %% ../nbs/study/figures.ipynb #b13093ec
+def _error_bars(ax: plt.Axes, points: np.ndarray, label: str, style: dict) -> None:
+    """Draw the cells of `_points` as a line with intervals; nothing when there is none."""
+    x, y, low, high = points
+    if len(x):
+        ends = np.nan_to_num([y - low, high - y])
+        ax.errorbar(x, y, ends, label=label, markersize=4, linewidth=1, capsize=2, **style)
+
+
+def _curves(
+    ax: plt.Axes,
+    table: pd.DataFrame,
+    columns: Mapping,  # label of a curve to its column
+    title: str,
+    **how,  # for `ax.set`
+) -> None:
+    """Draw columns of a table over its first column into one panel."""
+    found = {column: _points(table, column) for column in columns.values()}
     for k, (label, column) in enumerate(columns.items()):
-        x, y, low, high = _points(table, column)
-        style = (
-            dict(color='grey', linestyle='--')
-            if 'paper' in column
-            else dict(color=MODEL_COLOURS[k], marker=MODEL_MARKERS[k])
-        )
-        if len(x):
-            ax.errorbar(
-                x,
-                y,
-                np.nan_to_num([y - low, high - y]),
-                label=label,
-                markersize=4,
-                linewidth=1,
-                capsize=2,
-                **style,
-            )
-    if not any('paper' not in c and len(_points(table, c)[0]) for c in columns.values()):
-        ax.text(0.5, 0.5, 'unknown', ha='center', transform=ax.transAxes)
+        _error_bars(ax, found[column], label, _curve_style(k, column))
+    if not any(len(x) for column, (x, *_) in found.items() if 'paper' not in column):
+        _write_unknown(ax)
     ax.set_title(title, fontsize=8)
     ax.set(**how)
     ax.tick_params(labelsize=7)
     if how.get('xscale') == 'log':
-        ticks = sorted({x for c in columns.values() for x in _points(table, c)[0]})
-        ax.set_xticks(ticks, [f'{x:g}' for x in ticks])
-        ax.minorticks_off()
+        _name_ticks(ax, sorted({x for points in found.values() for x in points[0]}))
 
 # %% ../nbs/study/figures.ipynb #79defa57
 def figure_sweeps(
-    weight: pd.DataFrame,
-    steps: pd.DataFrame,  # `table_sweep` of 'lambda' and of 'steps'
-    scale: str = 'tiny',  # label of our columns
+    weight: pd.DataFrame,  # `table_sweep` of 'lambda'
+    steps: pd.DataFrame,  # `table_sweep` of 'steps'
+    scale: str,  # label of our columns
 ) -> plt.Figure:
-    "Hard accuracy against λ and against the number of denoising steps beside Tables 12 and 14, and what a restoration costs."
+    """Draw hard accuracy against λ and against N, and the milliseconds of a restoration."""
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.4), dpi=80, layout='constrained')
-    hard = {f'ours, {scale}': f'hard (ours, {scale})', 'paper, 7B': 'hard (paper, 7B)'}
-    _curve(axes[0], weight, hard, 'hard, accuracy (%)', xlabel='λ')
-    _curve(axes[1], steps, hard, 'hard, accuracy (%)', xscale='log', xlabel='N')
-    _curve(
-        axes[2],
-        steps,
-        {f'ours, {scale}': f'milliseconds of prefill and denoising (ours, {scale})'},
-        'milliseconds per restoration\n(prefill included)',
-        xlabel='N',
-    )
+    ours, accuracy = f'ours, {scale}', 'hard, accuracy (%)'
+    hard = {ours: f'hard (ours, {scale})', 'paper, 7B': 'hard (paper, 7B)'}
+    _curves(axes[0], weight, hard, accuracy, xlabel='λ')
+    _curves(axes[1], steps, hard, accuracy, xscale='log', xlabel='N')
+    cost = {ours: f'milliseconds of prefill and denoising (ours, {scale})'}
+    title = 'milliseconds per restoration\n(prefill included)'
+    _curves(axes[2], steps, cost, title, xlabel='N')
     axes[1].legend(fontsize=6, frameon=False)
     return fig
 
 # %% ../nbs/study/figures.ipynb #0a6ff463
+def _label_columns(severity: str, scale: str) -> dict[str, str]:
+    """Map the label of each subject to its accuracy column in `table_labels`."""
+    return {label: f'{label}, {severity} (ours, {scale})' for label in LABELLED.values()}
+
+
+def _gain_columns(scale: str) -> dict[str, str]:
+    """Map the label of each subject to its gain over the control in `table_labels`."""
+    others = [label for m, label in LABELLED.items() if m != 'matched']
+    return {label: f'{label} − control, hard (ours, {scale})' for label in others}
+
+
 def figure_labels(
-    table: pd.DataFrame, scale: str = 'tiny'
-) -> plt.Figure:  # table: of `table_labels`
-    "Accuracy against the number of labelled degraded questions, and where the gain of generation leaves zero."
+    table: pd.DataFrame,  # from `table_labels`
+    scale: str,  # label of our columns
+) -> plt.Figure:
+    """Draw accuracy against the number of labelled questions, and the gain of generation."""
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), dpi=80, layout='constrained')
     x = dict(xscale='log', xlabel='labelled degraded questions')
     for ax, s in zip(axes, ('hard', 'clean')):
-        _curve(
-            ax,
-            table,
-            {label: f'{label}, {s} (ours, {scale})' for label in LABELLED.values()},
-            f'{s}, accuracy (%), {scale}',
-            **x,
-        )
-    _curve(
-        axes[2],
-        table,
-        {v: f'{v} − control, hard (ours, {scale})' for k, v in LABELLED.items() if k != 'matched'},
-        'gain over the control, hard (points)',
-        **x,
-    )
+        _curves(ax, table, _label_columns(s, scale), f'{s}, accuracy (%), {scale}', **x)
+    _curves(axes[2], table, _gain_columns(scale), 'gain over the control, hard (points)', **x)
     axes[1].sharey(axes[0])
     axes[0].autoscale(axis='y')  # to the points of both
     axes[2].axhline(0, color='grey', linewidth=0.6)
@@ -127,130 +140,107 @@ def figure_labels(
     return fig
 
 # %% ../nbs/study/figures.ipynb #a8411795
-def _line(
-    ax, k: int, of: int, found: Mapping, label: str
-) -> None:  # found: severity to Estimate or number; k: of so many lines
-    "One line, moved aside a little so that points of the same severity do not cover each other."
-    known = [(s, v if isinstance(v, Estimate) else Estimate(0, v, v, v)) for s, v in found.items()]
-    x = [list(SEVERITY_LABELS).index(s) + 0.09 * (k - (of - 1) / 2) for s, _ in known]
-    y, low, high = np.array([e[1:] for _, e in known]).T
-    ax.errorbar(
-        x,
-        y,
-        [y - low, high - y],
-        marker=MODEL_MARKERS[k % 8],
-        color=MODEL_COLOURS[k % 8],
-        markersize=4,
-        linewidth=0.8,
-        capsize=0,
-        label=label,
-    )
+def _severity_line(
+    ax: plt.Axes,
+    k: int,  # number of the line, from 0
+    lines: int,  # in the panel
+    found: Mapping,  # severity to Estimate or number
+    label: str,
+) -> None:
+    """Draw one line over the severities, with the intervals of its points."""
+    known = [v if isinstance(v, Estimate) else Estimate(0, v, v, v) for v in found.values()]
+    places, aside = list(SEVERITY_LABELS), 0.09 * (k - (lines - 1) / 2)
+    x = [places.index(s) + aside for s in found]
+    y, low, high = np.array([e[1:] for e in known]).T
+    style = dict(marker=MODEL_MARKERS[k % 8], color=MODEL_COLOURS[k % 8], markersize=4)
+    ax.errorbar(x, y, [y - low, high - y], linewidth=0.8, capsize=0, label=label, **style)
 
 # %% ../nbs/study/figures.ipynb #d536eb19
-def _panel(ax, rows: Mapping, title: str) -> None:  # rows: label to severities
+def _severity_panel(ax: plt.Axes, rows: Mapping, title: str) -> None:
+    """Draw the lines of one panel; `rows` maps a label to the rates by severity."""
     for k, (label, found) in enumerate(rows.items()):
-        _line(ax, k, len(rows), found, label)
+        _severity_line(ax, k, len(rows), found, label)
     if rows:
         ax.legend(fontsize=6, frameon=False)
     else:
-        ax.text(0.5, 0.5, 'unknown', ha='center', transform=ax.transAxes)
-    ax.set(
-        title=title,
-        xlabel='severity',
-        xlim=(-0.5, 3.5),
-        xticks=range(4),
-        xticklabels=SEVERITY_LABELS,
-    )
+        _write_unknown(ax)
+    ax.set(title=title, xlabel='severity', xlim=(-0.5, 3.5))
+    ax.set(xticks=range(4), xticklabels=SEVERITY_LABELS)
 
-# %% ../nbs/study/figures.ipynb #79425821
-def _rates(
-    frame: pd.DataFrame, model: str, titles: Mapping
-) -> dict:  # title to severity to Estimate
+
+def _rate_estimates(frame: pd.DataFrame, model: str, titles: Mapping) -> dict[str, dict]:
+    """Estimate the trigger rates of a subject in percent, by title and severity."""
     rates = trigger_rates(frame, model)
+    outcomes = {s: condition_outcomes(frame, model, s, 'restored') for s in rates}
     return {
         titles.get(b, b): {
-            s: share_mean(
-                condition_outcomes(frame, model, s, 'restored')[b], rng('trigger', model, b, s)
-            )
-            for s in rates
+            s: share_mean(x[b], rng('trigger', model, b, s)) for s, x in outcomes.items()
         }
         for b in rates.index
     }
 
 # %% ../nbs/study/figures.ipynb #09cdc3ca
+_RESTORING = ('clear_sft', 'clear_rl')  # subjects of Figure 5, one panel each
+
+
 def figure5(
     frame: pd.DataFrame,  # from `scores_frame`
-    paper: pd.DataFrame | None = None,  # Figure 5 of the paper
-    models: Sequence = ('clear_sft', 'clear_rl'),
-    scale: str = 'tiny',  # one panel each; label of our panels
+    scale: str = OUR_SCALE,
     titles: Mapping = {},  # our benchmark to its title
 ) -> plt.Figure:
-    "Trigger rate over severity with intervals, ours beside the paper's."
-    paper = (
-        (paper_table('trigger_rate_percent') if paper is None else paper)
-        .set_index('benchmark')
-        .rename(columns={'high': 'hard'})
-    )
-    fig, axes = plt.subplots(
-        1,
-        len(models) + 1,
-        figsize=(3 * len(models) + 3, 3.2),
-        dpi=70,
-        sharey=True,
-        layout='constrained',
-    )
-    for ax, m in zip(axes, models):
-        _panel(ax, _rates(frame, m, titles), f'{LABELS[m]}, ours, {scale}')
-    _panel(
-        axes[-1],
-        {b: dict(r[['low', 'mid', 'hard']].astype(float)) for b, r in paper.iterrows()},
-        'CLEAR-RL, paper, 7B',
-    )
+    """Draw trigger rates over severity with intervals, last the paper's (Figure 5)."""
+    panels = len(_RESTORING) + 1
+    shape = dict(figsize=(3 * panels, 3.2), dpi=70, sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, panels, **shape)
+    for ax, m in zip(axes, _RESTORING):
+        _severity_panel(ax, _rate_estimates(frame, m, titles), f'{LABELS[m]}, ours, {scale}')
+    theirs = {b: dict(rates) for b, rates in paper_trigger_rates().iterrows()}
+    _severity_panel(axes[-1], theirs, 'CLEAR-RL, paper, 7B')
     axes[0].set_ylabel('trigger rate (%)')
     axes[0].set_ylim(bottom=0)
     return fig
 
 # %% ../nbs/study/figures.ipynb #b7e80b70
-def _losses(frame, models) -> pd.DataFrame:  # one row per model
+def _losses(frame: pd.DataFrame, models: Sequence) -> pd.DataFrame:
+    """Measure the drop of each subject: model, points, low, high, percent; NaN for unknown."""
     rows = []
     for m in models:
-        e = clean_hard_drop(frame, m, clean_and_hard(frame))
-        rows.append(
-            dict(
-                model=LABELS.get(m, m),
-                points=e['drop'].mean,
-                low=e['drop'].low,
-                high=e['drop'].high,
-                percent=100 * e['drop'].mean / (e['clean'].mean or math.nan),
-            )
-        )
+        found = clean_hard_drop(frame, m, clean_and_hard(frame))
+        _, points, low, high = found['drop']
+        percent = 100 * points / (found['clean'].mean or math.nan)
+        label = LABELS.get(m, m)
+        rows.append(dict(model=label, points=points, low=low, high=high, percent=percent))
     return pd.DataFrame(rows)
 
+# %% ../nbs/study/figures.ipynb #c0efea05
+def _paper_losses() -> pd.DataFrame:
+    """Read the drops of the paper's Figure 1 and of CLEAR from Table 2, as `_losses` does."""
+    drawn = paper_table('clean_vs_degraded')
+    drawn = drawn.rename(columns=dict(drop_points='points', drop_percent='percent'))
+    clear = paper_table(2).query('method != "Bagel"')
+    clear = clear.rename(columns=dict(method='model', drop='points'))
+    clear['percent'] = 100 * clear.points / clear.clean
+    both = pd.concat([drawn, clear], ignore_index=True)
+    return both[['model', 'points', 'percent']].assign(low=math.nan, high=math.nan)
+
 # %% ../nbs/study/figures.ipynb #398f1126
-def _loss_bars(
-    ax, t: pd.DataFrame, colour, title: str
-) -> None:  # t: model, points, percent, low, high
-    y = np.arange(len(t))
-    ax.barh(y, t.points.fillna(0), 0.65, color=colour)
+def _bar_ends(ax: plt.Axes, t: pd.DataFrame, y: np.ndarray) -> None:
+    """Draw the intervals along the bars, and behind each bar its percentage or 'unknown'."""
     if t.low.notna().any():
-        ax.errorbar(
-            t.points,
-            y,
-            xerr=[t.points - t.low, t.high - t.points],
-            fmt='none',
-            color='black',
-            linewidth=0.8,
-            capsize=2,
-        )
+        ends = [t.points - t.low, t.high - t.points]
+        style = dict(fmt='none', color='black', linewidth=0.8, capsize=2)
+        ax.errorbar(t.points, y, xerr=ends, **style)
     for k, r in enumerate(t.itertuples()):
         right = np.nanmax([r.points, r.high, 0.0])
-        ax.text(
-            right,
-            k,
-            ' unknown' if math.isnan(r.percent) else f' {r.percent:.0f} %',
-            va='center',
-            fontsize=7,
-        )
+        text = ' unknown' if math.isnan(r.percent) else f' {r.percent:.0f} %'
+        ax.text(right, k, text, va='center', fontsize=7)
+
+
+def _loss_bars(ax: plt.Axes, t: pd.DataFrame, colour, title: str) -> None:
+    """Draw the table of `_losses` as bars, from top to bottom."""
+    y = np.arange(len(t))
+    ax.barh(y, t.points.fillna(0), 0.65, color=colour)
+    _bar_ends(ax, t, y)
     ax.set_title(title, fontsize=9)
     ax.set_xlabel('points (beside: % of clean)', fontsize=8)
     ax.set(yticks=y, yticklabels=t.model)
@@ -261,34 +251,11 @@ def _loss_bars(
 # %% ../nbs/study/figures.ipynb #f6c0065c
 def figure1(
     frame: pd.DataFrame,  # from `scores_frame`
-    paper: pd.DataFrame | None = None,  # Figure 1 of the paper
-    models: Sequence = (
-        'base',
-        'base_both',
-        'text_cot',
-        'matched',
-        'matched_rl',
-        'clear_sft',
-        'clear_bridge',
-        'dec_rl',
-        'clear_rl',
-    ),
-    scale: str = 'tiny',  # label of our panel
+    models: Sequence,  # subjects, one bar each
+    scale: str = OUR_SCALE,
 ) -> plt.Figure:
-    "Loss from clean to hard per model with 95 % intervals, ours beside the paper's (other models, other pictures) with its CLEAR from Table 2."
-    paper = (paper_table('clean_vs_degraded') if paper is None else paper).rename(
-        columns=dict(drop_points='points', drop_percent='percent')
-    )
-    clear = (
-        paper_table(2)
-        .query('method != "Bagel"')
-        .rename(columns=dict(method='model', drop='points'))
-        .assign(percent=lambda t: 100 * t.points / t.clean)
-    )
-    paper = pd.concat([paper, clear], ignore_index=True)[['model', 'points', 'percent']].assign(
-        low=math.nan, high=math.nan
-    )
+    """Draw the loss from clean to hard with 95 % intervals, beside the paper's (Figure 1)."""
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.8), dpi=80, layout='constrained')
     _loss_bars(axes[0], _losses(frame, models), MODEL_COLOURS[0], f'ours, {scale}')
-    _loss_bars(axes[1], paper, MODEL_COLOURS[1], 'paper, as published')
+    _loss_bars(axes[1], _paper_losses(), MODEL_COLOURS[1], 'paper, as published')
     return fig

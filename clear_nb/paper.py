@@ -7,6 +7,7 @@ __all__ = ['paper_tables', 'paper_table', 'paper_number', 'arithmetic', 'audit']
 
 # %% ../nbs/study/paper.ipynb #fe3ff3b8
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,25 +18,28 @@ from .core import PATHS, suggest
 
 # %% ../nbs/study/paper.ipynb #6b9a46c0
 def paper_tables() -> dict[str, Path]:  # full name to CSV file
-    "All tables and figures of the paper that are stored."
+    """List the stored tables and figures of the paper."""
     return {p.stem: p for p in sorted((PATHS.package / 'data' / 'paper').glob('*.csv'))}
 
 # %% ../nbs/study/paper.ipynb #acd4afef
 @lru_cache
 def _read(name: str) -> pd.DataFrame:
+    """Read the CSV file of a full name, once."""
     return pd.read_csv(paper_tables()[name])
+
+
+def _is_meant(full: str, name: int | str) -> bool:
+    """Tell whether a table number or a name stands for the full name of a table."""
+    if isinstance(name, int):
+        return full.startswith(f'table{name:02d}_')
+    return name in (full, full.partition('_')[2])
 
 
 def paper_table(
     name: int | str,  # table number, full name or the part after the number
 ) -> pd.DataFrame:  # a fresh copy
-    "One table or figure of the paper; ValueError naming the closest ones when there is no such table."
-    key = f'table{name:02d}_' if isinstance(name, int) else name
-    found = [
-        n
-        for n in paper_tables()
-        if key == n or (n.partition('_')[2] == key if isinstance(name, str) else n.startswith(key))
-    ]
+    """Return one table or figure; ValueError with the closest names when there is none."""
+    found = [full for full in paper_tables() if _is_meant(full, name)]
     if not found:
         raise ValueError(f'no table {name!r} in the paper: {suggest(name, paper_tables())}')
     return _read(found[0]).copy()
@@ -46,7 +50,10 @@ def paper_number(
     column: str,
     **row,  # column=value pairs that single out one row
 ) -> float:
-    "One value of the paper; ValueError when the address does not name exactly one number."
+    """Return one number of the paper; NaN for a cell that the paper leaves empty.
+
+    ValueError for an unknown column, for several rows or none, and for a text.
+    """
     frame, where = paper_table(table), f'table {table!r} of the paper'
     for key in (column, *row):
         if key not in frame:
@@ -54,24 +61,30 @@ def paper_number(
     hits = frame[(frame[list(row)] == pd.Series(row)).all(axis=1)] if row else frame
     if len(hits) != 1:
         raise ValueError(f'{len(hits)} rows of {where} have {row}: name exactly one')
+    value = hits[column].iloc[0]
     try:
-        return float(hits[column].iloc[0])
+        return float(value)
     except ValueError:
-        raise ValueError(f'{hits[column].iloc[0]!r} in {where} is not a number') from None
+        raise ValueError(f'{value!r} in {where} is not a number') from None
 
 # %% ../nbs/study/paper.ipynb #b8709e97
+_TINY = 1e-9  # for comparisons of numbers with two decimals
+
+
 def _check(
     where: str,  # table, figure or section
     quantity: str,
     printed: float,
     recomputed: float,
     unit: float = 0.01,  # last printed digit; 0 for a count
-    plus: float = 0,
-    minus: float = 0,  # sums of the positive and of the negative coefficients of rounded entries
-) -> dict:  # one row of `arithmetic`
+    plus: float = 0,  # C₊ of the formula
+    minus: float = 0,  # C₋ of the formula
+) -> dict:
+    """Compare a printed number with its recomputation; the result is one row of `arithmetic`."""
     d = printed - recomputed
-    rounded = abs(d) <= unit / 2 * (1 + plus + minus) + 1e-9
-    cut = -unit * (1 + plus / 2 + minus) - 1e-9 <= d <= unit * (0.5 + plus + minus / 2) + 1e-9
+    rounded = abs(d) <= unit / 2 * (1 + plus + minus) + _TINY
+    lowest, highest = -unit * (1 + plus / 2 + minus), unit * (0.5 + plus + minus / 2)
+    cut = lowest - _TINY <= d <= highest + _TINY
     return dict(
         where=where,
         quantity=quantity,
@@ -90,91 +103,90 @@ _QUESTIONS = {
     'MMStar': 1500,
     'RealWorldQA': 765,
     'R-Bench-Dis': 495,
-}
+}  # benchmark to n
 
 
-def _counts(
-    score: float, n: int, unit: float = 0.01
-) -> np.ndarray:  # all k with 100 k/n printed as `score`, rounded or cut
-    "Numbers of right answers behind a printed share."
+def _counts(score: float, n: int, unit: float = 0.01) -> np.ndarray:
+    """List every k for which 100 k/n would be printed as `score`, rounded or cut."""
     k = np.arange(n + 1)
     d = 100 * k / n - score
-    return k[(d >= -unit / 2 - 1e-9) & (d < unit - 1e-9)]
+    return k[(d >= -unit / 2 - _TINY) & (d < unit - _TINY)]
 
 
 def _nearest(score: float, n: int) -> float:
+    """Return the share of n that lies closest to a score, in percent."""
     return 100 * round(score * n / 100) / n
 
 
-def _exact(
-    score: float, n: int
-) -> float:  # the share itself, or the printed score where no count fits
-    "A score without its rounding."
+def _exact(score: float, n: int) -> float:
+    """Return the share behind a printed score, or the score itself where no count fits."""
     k = _counts(score, n)
     return 100 * k[0] / n if len(k) == 1 else score
 
 # %% ../nbs/study/paper.ipynb #c0a10005
-def _score_tables():
+def _score_tables() -> tuple:
+    """Return (name, table) of Table 1 by method and of Table 9 by level."""
     return (
         ('Table 1', paper_table(1).set_index('method')),
         ('Table 9', paper_table(9).set_index('level')),
     )
 
 
-def _shares():
-    for where, t in _score_tables():
-        for at, v in t[[c for c in t if c in _QUESTIONS]].stack().items():
-            n = _QUESTIONS[at[1]]
-            yield _check(
-                where,
-                f'{at[0]} on {at[1]}: share of {n}',
-                v,
-                v if len(_counts(v, n)) else _nearest(v, n),
-            )
+def _scores() -> Iterator[tuple]:
+    """Yield (table, row, benchmark, score) of every printed score of a benchmark."""
+    for where, table in _score_tables():
+        for (row, benchmark), score in table[[c for c in table if c in _QUESTIONS]].stack().items():
+            yield where, row, benchmark, score
+
+# %% ../nbs/study/paper.ipynb #0856235d
+def _shares() -> Iterator[dict]:
+    """Check that every score of Tables 1 and 9 is a share of its number of questions."""
+    for where, row, b, score in _scores():
+        n = _QUESTIONS[b]
+        fitting = score if len(_counts(score, n)) else _nearest(score, n)
+        yield _check(where, f'{row} on {b}: share of {n}', score, fitting)
 
 # %% ../nbs/study/paper.ipynb #c0a10006
-def _denominators():
+def _set_sizes() -> Iterator[dict]:
+    """Check the numbers of questions that Table 6 prints against the scores."""
     for r in paper_table(6).itertuples():
-        n = _QUESTIONS[r.benchmark] // 10 if r.benchmark == 'MM-Vet' else _QUESTIONS[r.benchmark]
-        fits = all(
-            len(_counts(v, r.samples * _QUESTIONS[r.benchmark] // n))
-            for _, t in _score_tables()
-            for v in t[r.benchmark]
-        )
-        yield _check(
-            'Table 6', f'{r.benchmark}: questions', r.samples, r.samples if fits else n, unit=0
-        )
-    levels = paper_table(9).set_index('level').drop(index='Clean').drop(columns='AVG').stack()
-    once = all(len(_counts(v, _QUESTIONS[at[1]])) for at, v in levels.items())
+        tenths = 10 if r.benchmark == 'MM-Vet' else 1  # parts of one answer's score
+        n = _QUESTIONS[r.benchmark] // tenths
+        scores = [v for _, _, b, v in _scores() if b == r.benchmark]
+        fits = all(len(_counts(v, r.samples * tenths)) for v in scores)
+        told = r.samples if fits else n
+        yield _check('Table 6', f'{r.benchmark}: questions', r.samples, told, unit=0)
+
+
+def _corruptions_per_picture() -> Iterator[dict]:
+    """Check whether a score of Table 9 counts every picture once or under every corruption."""
+    degraded = [(b, v) for where, row, b, v in _scores() if where == 'Table 9' and row != 'Clean']
+    once = all(len(_counts(v, _QUESTIONS[b])) for b, v in degraded)
     types = paper_number(8, 'value', property='corruption_types')
-    yield _check(
-        'Table 9, Section 4.1',
-        'corruptions per image behind a score',
-        types,
-        1 if once else types,
-        unit=0,
-    )
+    told = 1 if once else types
+    quantity = 'corruptions per image behind a score'
+    yield _check('Table 9, Section 4.1', quantity, types, told, unit=0)
 
 # %% ../nbs/study/paper.ipynb #3eaa36b2
-def _averages(sets: int = 7) -> pd.Series:  # by method and level, over seven sets or the first six
-    "Averages of exact scores."
+def _averages(sets: int) -> pd.Series:
+    """Average the exact scores of each method and level over the first `sets` benchmarks."""
     rows = pd.concat([t for _, t in _score_tables()])[list(_QUESTIONS)[:sets]]
-    return rows.apply(lambda c: c.map(lambda v: _exact(v, _QUESTIONS[c.name]))).mean(axis=1)
+    exact = rows.apply(lambda c: c.map(lambda v: _exact(v, _QUESTIONS[c.name])))
+    return exact.mean(axis=1)
 
 
-def _averages_printed():
-    for (where, t), sets in zip(_score_tables(), (7, 6)):
-        for m, v in t.AVG.items():
-            loose = sum(
-                not len(_counts(t.loc[m, b], _QUESTIONS[b])) for b in list(_QUESTIONS)[:sets]
-            )
-            yield _check(
-                where, f'{m}: average of {sets} sets', v, _averages(sets)[m], plus=loose / sets
-            )
+def _averages_printed() -> Iterator[dict]:
+    """Check the column AVG of Table 1 (seven sets) and of Table 9 (six sets)."""
+    for (where, table), sets in zip(_score_tables(), (7, 6)):
+        names, exact = list(_QUESTIONS)[:sets], _averages(sets)
+        for row, average in table.AVG.items():
+            loose = sum(not len(_counts(table.loc[row, b], _QUESTIONS[b])) for b in names)
+            quantity = f'{row}: average of {sets} sets'
+            yield _check(where, quantity, average, exact[row], plus=loose / sets)
 
 # %% ../nbs/study/paper.ipynb #c0a10009
 _RL, _BASE, _FULL = 'CLEAR-RL', 'Bagel', '+ SFT + Bridge + GRPO'
-_SAME = {  # quantity: (table, column, row) wherever it is printed
+_SAME = {
     'Bagel: clean': [
         (2, 'clean', dict(method=_BASE)),
         (3, 'clean', dict(configuration='Bagel (base)')),
@@ -193,7 +205,7 @@ _SAME = {  # quantity: (table, column, row) wherever it is printed
         (3, 'hard', dict(configuration='+ SFT')),
         (4, 'hard_avg', dict(state='SFT state')),
     ],
-}
+}  # quantity to (table, column, row) wherever it is printed
 
 # %% ../nbs/study/paper.ipynb #c0a1000a
 _FINAL = [
@@ -201,9 +213,9 @@ _FINAL = [
     (3, dict(configuration=_FULL)),
     (12, {'lambda': 0.3}),
     (13, dict(w_dec=0.15)),
-]  # tables with both columns
+]  # tables that print both averages of CLEAR-RL
 _SAME |= {
-    'CLEAR-RL: clean': [*((t, 'clean', row) for t, row in _FINAL)],
+    'CLEAR-RL: clean': [(t, 'clean', row) for t, row in _FINAL],
     'CLEAR-RL: hard': [
         *((t, 'hard', row) for t, row in _FINAL),
         (4, 'hard_avg', dict(state='RL state')),
@@ -213,289 +225,266 @@ _SAME |= {
 }
 
 # %% ../nbs/study/paper.ipynb #c0a1000b
-def _repeated():
-    six, row = (
-        _averages(6),
-        {
-            'Bagel: hard': _BASE,
-            'CLEAR-SFT: hard': 'CLEAR-SFT',
-            'CLEAR-RL: hard': _RL,
-            'CLEAR-RL: clean': 'Clean',
-        },
-    )
+_SCORED = {
+    'Bagel: hard': _BASE,
+    'CLEAR-SFT: hard': 'CLEAR-SFT',
+    'CLEAR-RL: hard': _RL,
+    'CLEAR-RL: clean': 'Clean',
+}  # quantity to the row of Table 1 or 9 that holds its scores
+
+
+def _repeated() -> Iterator[dict]:
+    """Check the averages that several tables print."""
+    exact = _averages(6)
     for quantity, places in _SAME.items():
-        printed = defaultdict(list)
-        for t, column, where in places:
-            printed[paper_number(t, column, **where)].append(t)
-        first = paper_number(places[0][0], places[0][1], **places[0][2])
-        for v, tables in printed.items():
-            known = quantity in row
-            yield _check(
-                'Tables ' + ', '.join(map(str, sorted(tables))),
-                quantity,
-                v,
-                six[row[quantity]] if known else first,
-                plus=not known,
-            )
+        tables = defaultdict(list)  # printed value to numbers of tables
+        for t, column, row in places:
+            tables[paper_number(t, column, **row)].append(t)
+        known = quantity in _SCORED
+        target = exact[_SCORED[quantity]] if known else next(iter(tables))
+        for value, numbers in tables.items():
+            where = 'Tables ' + ', '.join(map(str, sorted(numbers)))
+            yield _check(where, quantity, value, target, plus=not known)
 
 # %% ../nbs/study/paper.ipynb #c0a1000e
-def _copies():
-    one, nine, minutes = (
-        paper_table(1).set_index('method').loc[_RL],
-        paper_table(9).set_index('level').loc['Hard'],
-        paper_table(11).set_index('benchmark'),
-    )
+def _copied_scores() -> Iterator[dict]:
+    """Check that Tables 1 and 9 print the same hard scores of CLEAR-RL."""
+    one = paper_table(1).set_index('method').loc[_RL]
+    nine = paper_table(9).set_index('level').loc['Hard']
     for b in nine.index.drop('AVG'):
         yield _check('Tables 1, 9', f'CLEAR-RL hard on {b}', nine[b], one[b])
+
+
+def _copied_minutes() -> Iterator[dict]:
+    """Check that Figure 5 prints the minutes of Table 11."""
+    minutes = paper_table(11).set_index('benchmark')
     for r in paper_table('trigger_rate_percent').to_dict('records'):
         for level in ('low', 'mid', 'high'):
-            yield _check(
-                'Table 11, Figure 5',
-                f'{r["benchmark"]}, {level}: minutes',
-                r[f'minutes_{level}'],
-                minutes.loc[r['benchmark'], level],
-                unit=1,
-            )
+            quantity = f'{r["benchmark"]}, {level}: minutes'
+            copied = minutes.loc[r['benchmark'], level]
+            yield _check('Table 11, Figure 5', quantity, r[f'minutes_{level}'], copied, unit=1)
+
+
+def _copied_in_text() -> Iterator[dict]:
+    """Check the scores on R-Bench-Dis that the text repeats."""
     for m in (_BASE, _RL):
-        said = paper_number('text_numbers', 'value', quantity=f'{m} on R-Bench-Dis')
-        yield _check(
-            'Table 1, text', f'{m} on R-Bench-Dis', said, paper_number(1, 'R-Bench-Dis', method=m)
-        )
+        quantity = f'{m} on R-Bench-Dis'
+        written = paper_number('text_numbers', 'value', quantity=quantity)
+        score = paper_number(1, 'R-Bench-Dis', method=m)
+        yield _check('Table 1, text', quantity, written, score)
 
 # %% ../nbs/study/paper.ipynb #2f12bd50
-def _drops():
+def _drops() -> Iterator[dict]:
+    """Check the drops of Table 2."""
     for r in paper_table(2).to_dict('records'):
-        yield _check(
-            'Table 2',
-            f'{r["method"]}: drop from clean to hard',
-            r['drop'],
-            r['clean'] - r['hard'],
-            plus=1,
-            minus=1,
-        )
+        quantity = f'{r["method"]}: drop from clean to hard'
+        drop = r['clean'] - r['hard']
+        yield _check('Table 2', quantity, r['drop'], drop, plus=1, minus=1)
 
 
-def _corruptions():
+def _corruptions() -> Iterator[dict]:
+    """Check the gains of Table 10 and its means over categories and over all corruptions."""
     t = paper_table(10)
-    one = t[~t.corruption.isin(['category avg', 'overall'])]
-    means = {**dict(list(one.groupby('category'))), 'overall': one}
+    single = t[~t.corruption.isin(['category avg', 'overall'])]
+    averaged = {**dict(list(single.groupby('category'))), 'overall': single}
     for r in t.to_dict('records'):
-        yield _check(
-            'Table 10',
-            f'{r["category"]}, {r["corruption"]}: delta',
-            r['delta'],
-            r[_RL] - r[_BASE],
-            plus=1,
-            minus=1,
-        )
-        if r['corruption'] in one.corruption.values:
+        quantity = f'{r["category"]}, {r["corruption"]}: delta'
+        yield _check('Table 10', quantity, r['delta'], r[_RL] - r[_BASE], plus=1, minus=1)
+        if r['corruption'] in single.corruption.values:
             continue
         for m in (_BASE, _RL, 'delta'):
-            yield _check(
-                'Table 10',
-                f'{r["category"]}: mean of {m}',
-                r[m],
-                means[r['category']][m].mean(),
-                plus=1,
-            )
+            mean = averaged[r['category']][m].mean()
+            yield _check('Table 10', f'{r["category"]}: mean of {m}', r[m], mean, plus=1)
 
 # %% ../nbs/study/paper.ipynb #c0a10011
-def _figure1():
+def _figure1() -> Iterator[dict]:
+    """Check the percentages of Figure 1, and its drop of Bagel against Table 2."""
+    hard = _averages(6)
     for r in paper_table('clean_vs_degraded').itertuples():
-        if r.model not in _averages(6):
+        if r.model not in hard:
             continue
-        h, d = _averages(6)[r.model], r.drop_points
-        yield _check(
-            'Figure 1',
-            f'{r.model}: drop in percent',
-            r.drop_percent,
-            100 * d / (h + d),
-            unit=0.1,
-            plus=100 * h / (h + d) ** 2,
-        )
-    yield _check(
-        'Figure 1',
-        'Bagel: drop in points',
-        paper_number('clean_vs_degraded', 'drop_points', model=_BASE),
-        paper_number(2, 'drop', method=_BASE),
-        unit=0.1,
-        plus=0.1,
-    )
+        h, d = hard[r.model], r.drop_points
+        quantity, slope = f'{r.model}: drop in percent', 100 * h / (h + d) ** 2
+        share = 100 * d / (h + d)
+        yield _check('Figure 1', quantity, r.drop_percent, share, unit=0.1, plus=slope)
+    drawn = paper_number('clean_vs_degraded', 'drop_points', model=_BASE)
+    drop = paper_number(2, 'drop', method=_BASE)
+    yield _check('Figure 1', 'Bagel: drop in points', drawn, drop, unit=0.1, plus=0.1)
 
 # %% ../nbs/study/paper.ipynb #5d7e527e
-def _totals():
+def _minutes() -> Iterator[dict]:
+    """Check the totals of Table 11."""
     t = paper_table(11).set_index('benchmark')
     for level in t:
-        yield _check(
-            'Table 11',
-            f'{level}: total of six sets',
-            t[level]['Total'],
-            t[level].drop(['Total', 'R-Bench-Dis']).sum(),
-            unit=1,
-            plus=6,
-        )
-    yield _check(
-        'Table 11',
-        'high: total with R-Bench-Dis',
-        t.high['Total'],
-        t.high.drop('Total').sum(),
-        unit=1,
-        plus=7,
-    )
+        six = t[level].drop(['Total', 'R-Bench-Dis']).sum()
+        quantity = f'{level}: total of six sets'
+        yield _check('Table 11', quantity, t[level]['Total'], six, unit=1, plus=6)
+    seven = t.high.drop('Total').sum()
+    quantity = 'high: total with R-Bench-Dis'
+    yield _check('Table 11', quantity, t.high['Total'], seven, unit=1, plus=7)
+
+
+def _weights() -> Iterator[dict]:
+    """Check that the reward weights of Table 13 add up to 1."""
     for r in paper_table(13).itertuples():
-        yield _check(
-            'Table 13',
-            f'reward weights {r.w_acc}, {r.w_fmt}, {r.w_dec}',
-            1,
-            r.w_acc + r.w_fmt + r.w_dec,
-        )
+        quantity = f'reward weights {r.w_acc}, {r.w_fmt}, {r.w_dec}'
+        yield _check('Table 13', quantity, 1, r.w_acc + r.w_fmt + r.w_dec)
 
 # %% ../nbs/study/paper.ipynb #c0a10013
-def _data():
+def _thousands(quantity: str, claim: str, questions: float) -> dict:
+    """Check a number of questions that Section 3.2 gives in thousands."""
+    written = paper_number('text_claims', 'value', quantity=f'questions {claim}, thousand')
+    return _check('Table 8, Section 3.2', quantity, written, questions / 1000, unit=1)
+
+
+def _data() -> Iterator[dict]:
+    """Check the numbers of Table 8 with each other, with Section 3.2 and with Table 7."""
     n = paper_table(8).set_index('property').value.drop('source_dataset').astype(float)
-    said = lambda q: paper_number('text_claims', 'value', quantity=f'questions {q}, thousand')
-    yield _check(
-        'Table 8',
-        'total of the two pathways',
-        n.total_samples,
-        n.direct_answer_samples + n.generate_then_answer_samples,
-        unit=0,
-    )
-    for half, k in (('SFT', n.total_samples), ('GRPO', n.grpo_set)):
-        yield _check(
-            'Table 8, Section 3.2',
-            f'thousand questions of the {half} half',
-            said(f'of the {half} half'),
-            k / 1000,
-            unit=1,
-        )
-    yield _check(
-        'Table 8, Section 3.2',
-        'thousand questions of both halves',
-        said('sampled for SFT and GRPO'),
-        (n.total_samples + n.grpo_set) / 1000,
-        unit=1,
-    )
+    pathways = n.direct_answer_samples + n.generate_then_answer_samples
+    yield _check('Table 8', 'total of the two pathways', n.total_samples, pathways, unit=0)
+    yield _thousands('thousand questions of the SFT half', 'of the SFT half', n.total_samples)
+    yield _thousands('thousand questions of the GRPO half', 'of the GRPO half', n.grpo_set)
+    both = n.total_samples + n.grpo_set
+    yield _thousands('thousand questions of both halves', 'sampled for SFT and GRPO', both)
     yield _check('Tables 7, 8', 'corruption types', n.corruption_types, len(paper_table(7)), unit=0)
 
 # %% ../nbs/study/paper.ipynb #c0a10014
-def _triggers():
+def _triggers() -> Iterator[dict]:
+    """Check the averages of the trigger rates, and that every rate is a share of its questions."""
     t = paper_table('trigger_rate_percent').set_index('benchmark')[['low', 'mid', 'high']]
     for level in t:
-        said = paper_number('text_numbers', 'value', quantity=f'average trigger rate {level}')
-        yield _check(
-            'Figure 5, Section 4.5',
-            f'{level}: average trigger rate',
-            said,
-            t[level].mean(),
-            unit=0.1,
-            plus=1,
-        )
-    for (b, level), v in t.stack().items():
+        name = f'average trigger rate {level}'
+        written = paper_number('text_numbers', 'value', quantity=name)
+        quantity, mean = f'{level}: average trigger rate', t[level].mean()
+        yield _check('Figure 5, Section 4.5', quantity, written, mean, unit=0.1, plus=1)
+    for (b, level), rate in t.stack().items():
         n = 218 if b == 'MM-Vet' else _QUESTIONS[b]
-        yield _check(
-            'Figure 5',
-            f'{b}, {level}: trigger rate as a share of {n}',
-            v,
-            v if len(_counts(v, n, 0.1)) else _nearest(v, n),
-            unit=0.01,
-        )
+        fitting = rate if len(_counts(rate, n, 0.1)) else _nearest(rate, n)
+        quantity = f'{b}, {level}: trigger rate as a share of {n}'
+        yield _check('Figure 5', quantity, rate, fitting, unit=0.01)
 
 # %% ../nbs/study/paper.ipynb #c0a10016
-def _gains():
-    a7, a6, ours = _averages(7), _averages(6), paper_table('text_claims').set_index('quantity')
+def _stated_gains() -> dict[str, float]:  # quantity to points
+    """Compute the differences of averages that Section 4 states."""
+    seven, six = _averages(7), _averages(6)
+    reencoded = paper_number(3, 'hard', configuration='+ SFT + Dec-reenc + GRPO')
     swapped = paper_number(
         'text_numbers',
         'value',
-        quantity="latent substitution at the bridge: hard average with the degraded image's own VAE latent",
+        quantity='latent substitution at the bridge: '
+        "hard average with the degraded image's own VAE latent",
     )
-    values = {  # from exact scores, with at most one entry of two decimals
-        'gain on hard: CLEAR-RL over Bagel, seven sets': a7[_RL] - a7[_BASE],
-        'gain on hard: text-only CoT over Bagel, seven sets': a7['Text-only CoT'] - a7[_BASE],
-        'gain on hard: SFT over Bagel': a6['CLEAR-SFT'] - a6[_BASE],
-        'gain on hard: GRPO over SFT': a6[_RL] - a6['CLEAR-SFT'],
-        'gain on hard: bridge over decode-reencode, both with GRPO': a6[_RL]
-        - paper_number(3, 'hard', configuration='+ SFT + Dec-reenc + GRPO'),
-        'loss on hard: degraded latent in place of the generated one': swapped - a6[_RL],
+    return {
+        'gain on hard: CLEAR-RL over Bagel, seven sets': seven[_RL] - seven[_BASE],
+        'gain on hard: text-only CoT over Bagel, seven sets': seven['Text-only CoT'] - seven[_BASE],
+        'gain on hard: SFT over Bagel': six['CLEAR-SFT'] - six[_BASE],
+        'gain on hard: GRPO over SFT': six[_RL] - six['CLEAR-SFT'],
+        'gain on hard: bridge over decode-reencode, both with GRPO': six[_RL] - reencoded,
+        'loss on hard: degraded latent in place of the generated one': swapped - six[_RL],
     }
-    for q, v in values.items():
-        yield _check('Section 4', q, ours.value[q], v, unit=ours.unit[q], plus=0.01 / ours.unit[q])
 
 
-def _reduction():
-    a, b, q = (
-        *(paper_number(2, 'drop', method=m) for m in (_RL, _BASE)),
-        'reduction of the drop, percent',
-    )
-    yield _check(
-        'Section 4',
-        q,
-        paper_number('text_claims', 'value', quantity=q),
-        100 * (1 - a / b),
-        unit=1,
-        plus=a / b**2,
-        minus=1 / b,
-    )  # entries have a unit of 0.01
+def _gains() -> Iterator[dict]:
+    """Check the gains and losses that Section 4 states."""
+    claims = paper_table('text_claims').set_index('quantity')
+    for q, points in _stated_gains().items():
+        unit = claims.unit[q]
+        yield _check('Section 4', q, claims.value[q], points, unit=unit, plus=0.01 / unit)
+
+# %% ../nbs/study/paper.ipynb #eb849a68
+def _reduction() -> Iterator[dict]:
+    """Check by how much of Bagel's drop CLEAR-RL is said to lose less."""
+    a, b = (paper_number(2, 'drop', method=m) for m in (_RL, _BASE))
+    quantity = 'reduction of the drop, percent'
+    written = paper_number('text_claims', 'value', quantity=quantity)
+    saved = 100 * (1 - a / b)
+    yield _check('Section 4', quantity, written, saved, unit=1, plus=a / b**2, minus=1 / b)
 
 # %% ../nbs/study/paper.ipynb #622e919d
-def arithmetic() -> (
-    pd.DataFrame
-):  # where, quantity, printed, recomputed, difference, rounding: 'yes', 'if digits were cut' or 'no'
-    "Every number of the paper that follows from others, recomputed; `rounding` says whether rounding explains the difference."
-    parts = (
-        _shares,
-        _denominators,
-        _averages_printed,
-        _repeated,
-        _copies,
-        _drops,
-        _corruptions,
-        _figure1,
-        _totals,
-        _data,
-        _triggers,
-        _gains,
-        _reduction,
-    )
-    return pd.DataFrame([row for part in parts for row in part()])
+_CHECKS = (
+    _shares,
+    _set_sizes,
+    _corruptions_per_picture,
+    _averages_printed,
+    _repeated,
+    _copied_scores,
+    _copied_minutes,
+    _copied_in_text,
+    _drops,
+    _corruptions,
+    _figure1,
+    _minutes,
+    _weights,
+    _data,
+    _triggers,
+    _gains,
+    _reduction,
+)  # in the order of this chapter
+
+
+def arithmetic() -> pd.DataFrame:
+    """Compute every number of the paper again that follows from others.
+
+    Columns: where, quantity, printed, recomputed, difference, and rounding. `rounding` says
+    whether rounding explains the difference: 'yes', 'if digits were cut' or 'no'.
+    """
+    return pd.DataFrame([row for check in _CHECKS for row in check()])
 
 # %% ../nbs/study/paper.ipynb #c0a10018
 _CONSEQUENCE = {
-    'Bagel on R-Bench-Dis: share of 495': "no number of right answers gives this score; it comes from another set of questions or is a slip, and the paper's base line on R-Bench-Dis is uncertain by more than its last digit",
-    'MMBench: questions': 'the scores are shares of 1,292 questions, each right only if all its rotations are; compare with that set and not with 2,974 samples',
-    'CV-Bench: questions': 'the scores are shares of the 1,438 two-dimensional questions, not of all 2,638; compare with CV-Bench-2D',
-    'RealWorldQA: questions': 'one question less than the set of 765 that the scores are shares of; nothing else changes',
-    'corruptions per image behind a score': 'each image was tested under one corruption, not under all 16: a score is as uncertain as one pass makes it, and the rows of Table 10 hold different images or come from another run',
-    'Bagel: average of 7 sets': 'the seven printed scores average 59.86, so CLEAR-RL gains 5.40 points over Bagel and not 5.11; the table understates it',
+    'Bagel on R-Bench-Dis: share of 495': 'no number of right answers gives this score; '
+    'it comes from another set of questions or is a slip, '
+    "and the paper's base line on R-Bench-Dis is uncertain by more than its last digit",
+    'MMBench: questions': 'the scores are shares of 1,292 questions, '
+    'each right only if all its rotations are; compare with that set and not with 2,974 samples',
+    'CV-Bench: questions': 'the scores are shares of the 1,438 two-dimensional questions, '
+    'not of all 2,638; compare with CV-Bench-2D',
+    'RealWorldQA: questions': 'one question less than the set of 765 '
+    'that the scores are shares of; nothing else changes',
+    'corruptions per image behind a score': 'each image was tested under one corruption, '
+    'not under all 16: a score is as uncertain as one pass makes it, '
+    'and the rows of Table 10 hold different images or come from another run',
+    'Bagel: average of 7 sets': 'the seven printed scores average 59.86, '
+    'so CLEAR-RL gains 5.40 points over Bagel and not 5.11; the table understates it',
 }
 
 # %% ../nbs/study/paper.ipynb #c0a10019
 _CONSEQUENCE |= {
-    'gain on hard: CLEAR-RL over Bagel, seven sets': 'follows from the average of Bagel; with its own scores the gain is 5.4',
-    'gain on hard: text-only CoT over Bagel, seven sets': 'follows from the average of Bagel; with its own scores text-only CoT is 0.2 above it instead of 0.1 below, so thinking in text does not lower the hard average',
-    'high: total with R-Bench-Dis': 'the total leaves R-Bench-Dis (12 minutes) out although its row stands above the sum; compare totals without it',
-    'overall: mean of CLEAR-RL': 'the 16 corruptions average 64.98, the overall row repeats the 64.97 of Table 9; 0.01 points, nothing else changes',
-    'thousand questions of the SFT half': '24,886 questions are 25 thousand when rounded; use Table 8',
-    'thousand questions of both halves': 'the two sets hold 49,366 questions; 48 thousand is a round number, use Table 8',
+    'gain on hard: CLEAR-RL over Bagel, seven sets': 'follows from the average of Bagel; '
+    'with its own scores the gain is 5.4',
+    'gain on hard: text-only CoT over Bagel, seven sets': 'follows from the average of Bagel; '
+    'with its own scores text-only CoT is 0.2 above it instead of 0.1 below, '
+    'so thinking in text does not lower the hard average',
+    'high: total with R-Bench-Dis': 'the total leaves R-Bench-Dis (12 minutes) out '
+    'although its row stands above the sum; compare totals without it',
+    'overall: mean of CLEAR-RL': 'the 16 corruptions average 64.98, '
+    'the overall row repeats the 64.97 of Table 9; 0.01 points, nothing else changes',
+    'thousand questions of the SFT half': '24,886 questions are 25 thousand when rounded; '
+    'use Table 8',
+    'thousand questions of both halves': 'the two sets hold 49,366 questions; '
+    '48 thousand is a round number, use Table 8',
 }
 
 # %% ../nbs/study/paper.ipynb #c0a1001a
-def _consequence(r: dict) -> str:
-    "What follows from a row of `arithmetic` that does not add up."
-    if r['quantity'] in _CONSEQUENCE:
-        return _CONSEQUENCE[r['quantity']]
-    if 'trigger rate as a share' in r['quantity']:
-        return "no number of this set's questions gives this rate, so it is a share of something else; its base is not known"
-    return (
-        f'the last digit is cut, rounded it would be {r["recomputed"]:.2f}; nothing else changes'
-        if r['rounding'] != 'no'
-        else 'not explained'
-    )
+def _consequence(row: dict) -> str:
+    """Say what follows from a row of `arithmetic` that does not add up."""
+    if row['quantity'] in _CONSEQUENCE:
+        return _CONSEQUENCE[row['quantity']]
+    if 'trigger rate as a share' in row['quantity']:
+        return (
+            "no number of this set's questions gives this rate, "
+            'so it is a share of something else; its base is not known'
+        )
+    if row['rounding'] == 'no':
+        return 'not explained'
+    exact = f'{row["recomputed"]:.2f}'
+    return f'the last digit is cut, rounded it would be {exact}; nothing else changes'
 
-# %% ../nbs/study/paper.ipynb #c0a1001b
-def audit() -> (
-    pd.DataFrame
-):  # where, quantity, printed, recomputed, difference, rounding, consequence
-    "What does not add up in the paper even if every entry is rounded, and what follows."
+
+def audit() -> pd.DataFrame:
+    """List what does not add up in the paper by rounding, and what follows from it.
+
+    The columns are those of `arithmetic`, and consequence.
+    """
     t = arithmetic().query('rounding != "yes"').reset_index(drop=True)
     return t.assign(consequence=[_consequence(r) for r in t.to_dict('records')])

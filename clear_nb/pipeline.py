@@ -366,7 +366,7 @@ def _run_seed(seed: int, arguments: list, preset: str, children: Children) -> No
         last = '\n'.join(log.read_text(encoding='utf-8').splitlines()[-5:])
         raise NotebookFailed(f'seed {seed} failed:\n{last}\noutput: {log}')
 
-# %% ../nbs/study/pipeline.ipynb #2c6c8a24
+
 def run_seeds(
     preset: str,
     start: str,  # 'base' or 'sft'

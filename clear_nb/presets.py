@@ -291,7 +291,7 @@ class EvalParams(InRange):
     )
     seeds: Annotated[tuple[Amount, ...], MinLen(1)] = (0,)
 
-# %% ../nbs/study/presets.ipynb #d279a299
+
 @dataclass(frozen=True)
 class TrainParams(InRange):
     "Hold how every stage is run; none of it changes the loss."

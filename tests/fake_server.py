@@ -108,7 +108,6 @@ NONSENSE = [
             '{"choices": {}}',
             '{"choices": ["B"]}',
             '{"choices": [{"message": null}]}',
-            '{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}',
             '{"choices": [{"message": {"content": 3}}]}',
         ),
     ),

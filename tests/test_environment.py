@@ -5,6 +5,7 @@ import configparser
 import re
 import tomllib
 from importlib import metadata
+from itertools import chain
 
 import cv2
 import pytest
@@ -29,9 +30,10 @@ def test_conda_equals_pip():
     """
     own = f'{PROJECT["name"]}['
     extras = [d for d in EXTRAS['dev'] if d.startswith(own)]
-    assert extras == [f'{own}notebooks,perceptual]']
+    assert extras == [f'{own}notebooks,perceptual,kits,serve]']
     tests = [d for d in EXTRAS['dev'] if d not in extras]
-    everything = [*PROJECT['dependencies'], *EXTRAS['notebooks'], *EXTRAS['perceptual'], *tests]
+    groups = [EXTRAS[name] for name in ('notebooks', 'perceptual', 'kits', 'serve')]
+    everything = [*PROJECT['dependencies'], *chain(*groups), *tests]
     assert CONDA[-1]['pip'] == [f'./{STAND_IN.relative_to(ROOT)}', *everything]
 
 
@@ -47,7 +49,7 @@ def test_every_dependency_is_bounded():
     """Each has a lower and an upper bound, or one exact version."""
     extras = [d for group in EXTRAS.values() for d in group]
     for d in [*PROJECT['dependencies'], *extras]:
-        if d == f'{PROJECT["name"]}[notebooks,perceptual]':
+        if d == f'{PROJECT["name"]}[notebooks,perceptual,kits,serve]':
             continue
         assert re.fullmatch(r'[A-Za-z0-9_.\[\]-]+(==[\d.]+|>=[\d.]+,<[\d.]+)', d), d
 

@@ -186,7 +186,7 @@ def test_fresh_weights_are_shown_too():
         (dict(corruption='fog'), 'unknown corruption'),
         (dict(severity='worse', corruption='graffiti'), 'severity must be'),
         (dict(policy='perhaps'), "unknown 'perhaps'"),
-        (dict(steps=1), 'use at least 2'),
+        (dict(steps=1), 'steps must be at least 2'),
     ],
 )
 def test_refusals(shipped, arguments, sentence):

@@ -36,14 +36,15 @@ MAY_IMPORT = {
     'vae': ['core', 'presets'],
     'vit': ['core', 'presets'],
     'mot': ['core', 'vit'],
-    'trajectory': ['core', 'vae', 'vit', 'mot'],
+    'grammar': [],
+    'trajectory': ['core', 'grammar', 'vae', 'vit', 'mot'],
     'model': ['mot', 'vit', 'vae', 'flow', 'trajectory', 'images', 'records', 'folders'],
     'decode': ['model'],
     'restore': ['images', 'decode'],
     'generate': ['restore', 'presets'],
-    'reward': ['trajectory', 'presets'],
+    'reward': ['grammar', 'trajectory', 'presets'],
     # the stages
-    'server': [],
+    'server': ['grammar'],
     'judge': ['reward', 'server'],
     'ask': ['generate'],
     'traces': ['scenes', 'model'],
@@ -57,27 +58,34 @@ MAY_IMPORT = {
     'grpo': ['base', 'judge', 'stored'],
     'watch': ['stats', 'train', 'data', 'reward'],
     # the benchmark
+    'escape': [],
     'cells': ['images'],
     'rows': ['cells', 'degrade', 'scenes'],
     'variants': ['rows', 'signals'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
     'wording': [],
-    'evaluate': ['rows', 'wording', 'folders'],
-    'answer': ['generate', 'records'],
+    'evaluate': ['rows', 'wording', 'folders', 'escape'],
+    'answer': ['generate', 'records', 'escape'],
     'adapters': ['ask', 'answer', 'data', 'rows', 'server', 'wording'],
     'tables': ['paper', 'stats'],
     'claims': ['tables'],
     'figures': ['tables'],
-    'artefacts': ['stats'],
-    'bench': ['evaluate', 'scoring', 'artefacts', 'records'],
+    'artefacts': ['stats', 'escape'],
+    'bench': ['evaluate', 'scoring', 'artefacts', 'records', 'escape'],
+    'exchange': ['evaluate'],
+    'serve': ['adapters', 'escape'],
     'sources': ['images', 'presets', 'rows'],
     'candidates': ['sources'],
     'pathways': ['candidates', 'scoring', 'server', 'wording'],
     'annotate': ['pathways'],
-    'builder': ['annotate', 'stored', 'folders'],
+    'builder': ['annotate', 'stored', 'folders', 'escape'],
     'corrupting': ['rows'],
-    'cli': ['bench', 'bench_files', 'builder', 'answer', 'adapters', 'corrupting', 'signals'],
+    'cli': [
+        *('bench', 'bench_files', 'builder', 'answer', 'adapters', 'corrupting', 'signals'),
+        *('exchange', 'serve'),
+        'escape',
+    ],
     # the study
     'mmd_bench': ['adapters', 'bench_files', 'evaluate', 'scoring', 'data'],
     'recipes': ['sft', 'bridge', 'grpo'],
@@ -194,10 +202,10 @@ def test_no_silent_failure(path):
 
 
 def test_lines_are_narrow():
-    """At most 100 characters at the 90th percentile; the 13 lines above 140 do not become more."""
+    """At most 100 characters at the 90th percentile, none above 140."""
     widths = [w for p in MODULES for w in style.widths(p)]
     assert np.percentile(widths, 90) <= 100
-    assert sum(w > 140 for w in widths) <= 13
+    assert max(widths) <= 140
 
 
 def test_functions_say_little():
@@ -214,5 +222,5 @@ def test_names_have_one_meaning():
 
 
 def test_docstrings_begin_with_a_verb():
-    """The 33 docstrings that begin otherwise do not become more."""
-    assert len(style.openings(ROOT)) <= 33
+    """No function's docstring begins with a word that cannot be an imperative verb."""
+    assert style.openings(ROOT) == []
