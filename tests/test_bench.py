@@ -462,18 +462,15 @@ def test_intervals_cover():
 def data(tmp_path, monkeypatch):
     "A benchmark folder, read by stand-ins of the reader's three functions."
     (tmp_path / 'data').mkdir()
+    note = dict(content_hash='c1', severities=['clean', 'low', 'mid', 'hard'])
+    (tmp_path / 'data' / 'info.json').write_text(json.dumps(note), encoding='utf-8')
 
     def read_files(folder, severity=None, corruption=None):
         return iter([s for s in rows() if severity in (None, s.severity)])
 
     monkeypatch.setattr(bench_files, 'read_files', read_files, raising=False)
     monkeypatch.setattr(bench_files, 'read_outline', lambda folder: iter(rows()))
-    monkeypatch.setattr(
-        bench_files,
-        'read_info',
-        lambda folder: dict(content_hash='c1', severities=['clean', 'low', 'mid', 'hard']),
-        raising=False,
-    )
+    monkeypatch.setattr(bench_files, 'read_info', lambda folder: note, raising=False)
     return tmp_path / 'data'
 
 
