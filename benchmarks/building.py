@@ -54,9 +54,9 @@ def large_photo(height, width):  # (H, W, 3) uint8
     return np.ascontiguousarray(np.vstack(lines)[:height, :width])
 
 
-def photo_rows(n):
-    "Make n rows with photos of 512 to 1,024 pixels, as JPEG like most benchmarks."
-    sides = np.linspace(512, 1024, n).astype(int)
+def photo_rows(n, sides):
+    "Make n rows with photos of two long sides and all between, as JPEG like most benchmarks."
+    sides = np.linspace(*sides, n).astype(int)
     files = [encode_picture(sample_photo(PHOTOS[k % 6], s), 95) for k, s in enumerate(sides)]
     row = BenchmarkRow('photos', '', 'What?', 'B', b'', dict(A='x', B='y'))
     return [replace(row, index=str(k), image=data) for k, data in enumerate(files)]
@@ -129,9 +129,9 @@ def mean_shift(image, severity, rounds):
     return compared(in_turns(work, rounds))
 
 
-def mixed(n, rounds):
+def mixed(n, sides, rounds):
     "Compare the seconds per picture of a `mixed` benchmark; the digests are equal."
-    plan, found, source = variants.VariantPlan(), {}, photo_rows(n)
+    plan, found, source = variants.VariantPlan(relative=min(sides) < 512), {}, photo_rows(n, sides)
 
     def work():
         groups = variants.variant_groups(source, plan, [])
@@ -165,7 +165,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--size', type=int, nargs=2, default=[3000, 4000], help='of the large picture')
     p.add_argument('--severities', nargs='+', default=['low'], help='for the large picture')
-    p.add_argument('--pictures', type=int, default=64, help='photos of the mixed benchmark')
+    p.add_argument('--pictures', type=int, default=96, help='photos of the mixed benchmark')
+    p.add_argument('--sides', type=int, nargs=2, default=[512, 1024], help='their long sides')
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--out', type=Path, help='JSON file for the numbers')
     p.add_argument('--memory-of', choices=WAYS, help=argparse.SUPPRESS)
@@ -173,12 +174,12 @@ def main(argv=None):
     cv2.setNumThreads(1)
     if a.memory_of:
         return memory_of(a.memory_of, *a.size)
-    image, photos = large_photo(*a.size), [sample_photo(n, 800) for n in PHOTOS]
+    image, photos = large_photo(*a.size), [sample_photo(n, max(a.sides)) for n in PHOTOS]
     found = {'png, s a megapixel': png(photos, a.rounds)}
     for severity in a.severities:
         name = f'mean_shift {severity}, {image.size / 3e6:.1f} megapixels, s'
         found[name] = mean_shift(image, severity, a.rounds)
-    found['mixed, s a picture'] = mixed(a.pictures, a.rounds)
+    found['mixed, s a picture'] = mixed(a.pictures, a.sides, a.rounds)
     found['peak memory of mean_shift, MB'] = {w: peak_memory(w, *a.size) for w in WAYS}
     for name, values in found.items():
         numbers = {k: round(v, 4) for k, v in values.items() if isinstance(v, float)}

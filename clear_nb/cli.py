@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib import import_module
 from itertools import chain
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import clear_nb
 from .degrade import SEVERITY
-from .escape import terminal_line
+from .escape import terminal_line, terminal_text
 from .folders import ACCEPT_CODE, one_writer, read_json
 from .presets import PATIENCE, REQUEST_WORKERS, read_settings
 from .rows import Reject, from_scenes, parse_name, read_tsv
@@ -147,9 +148,9 @@ def _reject_line(r) -> str:  # r: a Reject, or a line of `bench.left_out`
 def print_rejects(rejects: list):  # of Rejects
     "Name rows that cannot be used on standard error."
     for r in rejects[:_MOST_LINES]:
-        print(f'clear-nb: {_reject_line(r)}', file=sys.stderr)
+        _say(_reject_line(r))
     if len(rejects) > _MOST_LINES:
-        print(f'clear-nb: {len(rejects)} rows left out; info.json has them all.', file=sys.stderr)
+        _say(f'{len(rejects)} rows left out; info.json has them all.')
 
 
 def print_left_out(left, again: str) -> int:  # left: of `bench.left_out`; exit status
@@ -335,7 +336,10 @@ def _compare(args: argparse.Namespace) -> int:  # exit status
         if places.count(place) > 1:
             raise ValueError(f'{run} is named twice; compare different runs.')
     again = 'compare asks nothing, so run the command of {run} again'
-    with one_writer(args.out):
+    with ExitStack() as held:
+        held.enter_context(one_writer(args.out))
+        for place in sorted(places) if args.judge else []:
+            held.enter_context(one_writer(place, wait=True))  # no judge is paid twice
         return _report(args.runs, args, again)
 
 
@@ -368,14 +372,14 @@ def _corrupt(args: argparse.Namespace) -> int:  # exit status
         raise FileNotFoundError(f'there is no file or folder {args.data} to corrupt.')
     rows = _clean_rows(args)
     for note in rows.notes:
-        print(f'clear-nb: {note}', file=sys.stderr)
+        _say(note)
     levels = ['clean', *dict.fromkeys(args.severity)]
     relative = args.relative or bool(args.scenes)
     how = dict(workers=args.workers, relative=relative, tsv=args.tsv, accept_code=args.accept_code)
     bench_files, corrupting = map(import_module, ('clear_nb.bench_files', 'clear_nb.corrupting'))
     info = bench_files.build_files(rows, args.out, args.design, levels, args.seed, **how)
     print_rejects([Reject(**r) for r in info['rejects']])
-    print(corrupting.built_text(info, args.out))
+    print(terminal_text(corrupting.built_text(info, args.out)))
     return 0
 
 # %% ../nbs/bench/cli.ipynb #2c780ce8

@@ -17,6 +17,7 @@ import os
 import time
 import warnings
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from .ask import fast_precision
 from .core import atomic_path, progress_bar, torch_rng
+from .folders import one_writer
 from .identity import differences, made_from
 from .presets import TrainParams, load_preset
 from .ranks import OneProcess, gather_tensor, place_like, ranks_of, whole_model
@@ -493,27 +495,31 @@ def fit(
     show: tuple = (),  # numbers beside the progress bar; (): the loss and everything logged
     done=None,  # called with the trained model and the history, before the states go
 ) -> list:  # one dict per step: step, loss, grad_norm, lr and the logged numbers
-    "Train in place; afterwards the model holds the averaged weights when `ema` > 0."
+    """Train in place; afterwards the model holds the averaged weights when `ema` > 0.
+
+    ValueError when the states are those of another run, or another process trains there."""
     ranks = ranks or ranks_of(accelerator())
     numbers = dict(desc=desc, steps=steps, lr=lr, warmup=warmup, ema=ema, weight_decay=weight_decay)
-    run = begin_run(model, ranks, state, made, numbers)
-    first, saved = run.resume(), time.monotonic()
-    bar = progress_bar(
-        range(first, steps), desc, ranks.is_main, initial=first, total=steps, mininterval=2
-    )
-    for step in bar:
-        row = training_step(run, loss, step, lr_at(step, steps, lr, warmup), desc)
-        run.history.append(row)
-        ranks.acc.log({k: v for k, v in row.items() if k != 'step'}, step=step)
-        shown = show or [k for k in row if k not in ('step', 'grad_norm', 'lr')]
-        bar.set_postfix({k: f'{row[k]:.3g}' for k in shown if k in row}, refresh=False)
-        late = ranks.is_main and time.monotonic() - saved > save_seconds
-        if state and ranks.anyone(int(late)):
-            run.save(step + 1)
-            saved = time.monotonic()
-    if state and done and first < steps:
-        run.save(steps)
-    run.finish(done)
+    alone = one_writer(state) if state and ranks.is_main else nullcontext()
+    with alone:
+        run = begin_run(model, ranks, state, made, numbers)
+        first, saved = run.resume(), time.monotonic()
+        bar = progress_bar(
+            range(first, steps), desc, ranks.is_main, initial=first, total=steps, mininterval=2
+        )
+        for step in bar:
+            row = training_step(run, loss, step, lr_at(step, steps, lr, warmup), desc)
+            run.history.append(row)
+            ranks.acc.log({k: v for k, v in row.items() if k != 'step'}, step=step)
+            shown = show or [k for k in row if k not in ('step', 'grad_norm', 'lr')]
+            bar.set_postfix({k: f'{row[k]:.3g}' for k in shown if k in row}, refresh=False)
+            late = ranks.is_main and time.monotonic() - saved > save_seconds
+            if state and ranks.anyone(int(late)):
+                run.save(step + 1)
+                saved = time.monotonic()
+        if state and done and first < steps:
+            run.save(steps)
+        run.finish(done)
     return run.history
 
 # %% ../nbs/stages/train.ipynb #7a1c1001

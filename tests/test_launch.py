@@ -90,7 +90,7 @@ def test_commands(monkeypatch, tmp_path, capsys):
             > 0
         )
         assert capsys.readouterr().out.rstrip().endswith(f'seed1/{stage}')
-    assert {p.name for p in (tmp_path / 'smoke' / 'seed1').iterdir()} <= {
+    assert {p.name for p in (tmp_path / 'smoke' / 'seed1').glob('[!.]*')} <= {
         'sft',
         'bridge',
         'grpo',

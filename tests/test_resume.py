@@ -31,6 +31,11 @@ from clear_nb.train import (
 )
 
 
+def seen_files(folder):
+    """List the names in a folder without hidden ones, which are locks."""
+    return sorted(f.name for f in folder.iterdir() if not f.name.startswith('.'))
+
+
 def test_kill():
     """Three kills with SIGKILL, in an update, in rollouts and while a state is written, end at the
     weights of an undisturbed run.
@@ -105,7 +110,7 @@ def test_damaged_state(tmp_path, spoil):
         before.name == 'b-00000004.safetensors'
         and torch.equal(weights, want[0])
         and history == want[1]
-        and not list(tmp_path.iterdir())
+        and not seen_files(tmp_path)
     )
 
 
@@ -189,7 +194,7 @@ def test_full_disk(tmp_path, monkeypatch):
     assert [f.name for f in saved_states(tmp_path / 's.pt')] == [
         's-00000003.safetensors',
         's-00000002.safetensors',
-    ] and len(list(tmp_path.iterdir())) == 2
+    ] and len(seen_files(tmp_path)) == 2
 
 
 def test_states_outlive_a_failed_save(tmp_path):
@@ -300,7 +305,7 @@ def test_once(tmp_path, monkeypatch, where):
         with pytest.raises(InterruptedError):
             staged(tmp_path / 's', asked=asked)
     assert staged(tmp_path / 's', asked=again) == want and asked == list(range(6)) and again == []
-    assert sorted(f.name for f in tmp_path.iterdir()) == [
+    assert seen_files(tmp_path) == [
         'other',
         'other_history.json',
         's',
@@ -341,7 +346,7 @@ def test_parts_of_stage_0(tmp_path, monkeypatch, moment):
     assert len(steps) == 4 and {k: len(h) for k, h in histories.items()} == dict(
         vae=2, pictures=2, later=1, text=1
     )
-    assert sorted(f.name for f in (tmp_path / 'parts').iterdir()) == sorted(
+    assert seen_files(tmp_path / 'parts') == sorted(
         f'{k}{end}' for k in histories for end in ('', '_history.json')
     )
     again, same = base.train_stage0(small, 0, tmp_path / 'parts')

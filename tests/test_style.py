@@ -51,7 +51,7 @@ MAY_IMPORT = {
     'data': ['degrade', 'ask', 'traces'],
     'stored': ['data'],
     'ranks': ['model'],
-    'train': ['ask', 'ranks', 'identity'],
+    'train': ['ask', 'ranks', 'identity', 'folders'],
     'base': ['train', 'data', 'reward'],
     'sft': ['base', 'stored'],
     'bridge': ['sft'],
