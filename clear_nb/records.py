@@ -9,6 +9,7 @@ __all__ = ['STAGE_MADE_BY', 'STAGE_PARAMETERS', 'stage_folder', 'find_stage', 'g
 # %% ../nbs/study/records.ipynb #528f7f5b
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -72,10 +73,10 @@ def find_stage(preset: str, seed: int, stage: str) -> Path:
 def _git(*args) -> str:
     "Return the output of a git command in the repository, 'unknown' where it fails."
     try:
-        done = subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(['git', *args], cwd=ROOT, capture_output=True)
     except (FileNotFoundError, NotADirectoryError):
         return 'unknown'
-    return done.stdout.strip() if done.returncode == 0 else 'unknown'
+    return os.fsdecode(done.stdout).strip() if done.returncode == 0 else 'unknown'
 
 
 def git_state() -> dict:  # commit hash and dirty flag, each 'unknown' where there is no git

@@ -44,9 +44,10 @@ def python(*args, seconds=300, cwd=ROOT, **env):
         'PYTHONUNBUFFERED': '1',
         **env,
     }  # unbuffered: a forked child would print again what its parent still holds
+    text = dict(mode='w+', encoding='utf-8', errors='backslashreplace')
     with (
-        tempfile.TemporaryFile('w+') as out,
-        tempfile.TemporaryFile('w+') as err,
+        tempfile.TemporaryFile(**text) as out,
+        tempfile.TemporaryFile(**text) as err,
     ):  # files: a grandchild that holds a pipe would keep the reader waiting
         p = subprocess.Popen(
             [sys.executable, *map(str, args)],
