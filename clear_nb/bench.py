@@ -25,6 +25,7 @@ from .artefacts import to_markdown
 from .core import atomic_path
 from .escape import csv_table, figure_text, markdown_cell
 from .evaluate import merge_parts
+from .grammar import storable
 from .records import versions
 from .rows import BenchmarkRow
 from .stats import Estimate
@@ -83,8 +84,9 @@ def read_results(
     replies = [text if kind == 'answer' else None for text, kind in zip(frame.reply, frame.kind)]
     scored = scoring.score_rows(rows, replies, judge, protocols, compat, progress=False)
     cut = [limit_of_cut(d) for d in frame.detail]
+    run |= dict(name=storable(run['name']), folder=storable(Path(folder).resolve().name))
     about = dict(model=run['name'], reply=replies, detail=frame.detail, seconds=frame.seconds)
-    return scored.assign(**about, cut=cut), dict(run, folder=Path(folder).resolve().name)
+    return scored.assign(**about, cut=cut), run
 
 # %% ../nbs/bench/bench.ipynb #6c0b094e
 def joined(frames: Iterable) -> pd.DataFrame:  # frames: of `read_results`

@@ -42,7 +42,7 @@ from clear_nb.candidates import (
     select_questions,
 )
 from .core import atomic_path, explain_full_disk, file_hash
-from .escape import terminal_line
+from .escape import terminal_line, terminal_text
 from .folders import begin_folder, finish_folder, one_writer
 from .identity import made_from
 from clear_nb.judge import (
@@ -351,7 +351,7 @@ def build_training(
         if server is None:
             return cost
         if progress:
-            print(cost, file=sys.stderr)
+            print(terminal_text(cost), file=sys.stderr)
         annotator = Annotator(server, kept, recipe.regenerations + 1, patience, request)
         traced = collect_traces(annotator, out, queues, recipe, workers, progress)
         return _finish(out, recipe, replies, routed, traced, annotator)
@@ -415,11 +415,11 @@ def _warn_if_short(examples: dict, n: int) -> int:  # exit status
     "Warn when a part has fewer examples than wanted."
     short = {part: there for part, there in examples.items() if there < n}
     if short:
-        print(
+        text = (
             f'clear-nb: fewer examples than the {n:,} wanted: {short}; the source holds '
-            'no more of the rarer pathway: raise share or spare in a new folder.',
-            file=sys.stderr,
+            'no more of the rarer pathway: raise share or spare in a new folder.'
         )
+        print(terminal_line(text), file=sys.stderr)
     return int(bool(short))
 
 
@@ -447,9 +447,10 @@ def run_build(
         accept_code=args.accept_code,
     )
     if isinstance(done, CostEstimate):
-        print(done)
+        print(terminal_text(done))
         return 0
     record = json.loads(write_build_record(args.out, clock.seconds).read_text(encoding='utf-8'))
+    written = f'written: {args.out / "manifest.json"}'
     summary = map(terminal_line, build_summary(done))
-    print(*summary, table(record), f'written: {args.out / "manifest.json"}', sep='\n')
+    print(*summary, terminal_text(table(record)), terminal_line(written), sep='\n')
     return _warn_if_short(done['accounts']['examples'], recipe.n)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ import clear_nb
 from .degrade import SEVERITY
 from .escape import terminal_line, terminal_text
 from .folders import ACCEPT_CODE, one_writer, read_json
+from .grammar import storable
 from .presets import PATIENCE, REQUEST_WORKERS, read_settings
 from .rows import Reject, from_scenes, parse_name, read_tsv
 from .scenes import FAMILIES
@@ -108,7 +110,7 @@ def _rows_of(path: Path, severities) -> tuple:  # rows and Rejects, content hash
         rows = read_tsv(path)
         for note in rows.notes:
             _say(note)
-        named = (_with_file_name(r, path.name) for r in rows)
+        named = (_with_file_name(r, storable(path.name)) for r in rows)
         return named, rows.source()['sha256'], rows.outline()
     bench_files = import_module('clear_nb.bench_files')
     info = bench_files.read_info(path)
@@ -229,7 +231,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
     tables = write_report(results, args.out)
     table = tables['accuracy'] if len(runs) == 1 else tables['difference']
     print(to_markdown(without_repetition(table)))
-    print(f'written: {args.out / "bench.md"}')
+    print(terminal_line(f'written: {args.out / "bench.md"}'))
     unfinished = [r for r, (_, run) in zip(runs, results) if run['rows'] is None]
     for r in unfinished:
         _say(f'unfinished: {r}; run its command again.')
@@ -652,8 +654,17 @@ def command_parser(argv: list) -> argparse.ArgumentParser:
     return parser
 
 
+_plain_warning = warnings.formatwarning
+
+
+def _shown_warning(*about, **more) -> str:
+    "Write a warning as Python does, safe for a terminal: it may quote a server."
+    return terminal_text(_plain_warning(*about, **more))
+
+
 def main(argv=None) -> int:  # exit status
     "Run `clear-nb`."
+    warnings.formatwarning = _shown_warning
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a terminal without UTF-8 shows escapes
             stream.reconfigure(errors='backslashreplace')

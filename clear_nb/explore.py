@@ -28,6 +28,7 @@ from .core import PATHS, rng
 from .data import Item, scene_items
 from .decode import Noise
 from .degrade import degrade
+from .escape import figure_text
 from .generate import Rollout, Sampling, generate
 from .grpo import state_at
 from .images import ResizeRule, open_image, resize, to_uint8
@@ -416,6 +417,6 @@ def figure_attention(
     top, bottom = fig.subfigures(2, 1, height_ratios=heights)
     _draw_maps(top, grey, maps, columns)
     _draw_shares(bottom.subplots(), attention_shares(attention, indexes))
-    words = _shortened(attention, indexes)
+    words = figure_text(_shortened(attention, indexes))
     fig.suptitle(f'attention of “{words}” on the {attention.target}', fontsize=10)
     return fig

@@ -8,7 +8,6 @@ __all__ = ['SCREEN_SIDE', 'HTML_TEMPLATES', 'PAGES', 'STYLE', 'LABEL_WIDTH', 'LI
            'make_screen', 'token_choices', 'Panel', 'make_panel']
 
 # %% ../nbs/study/panel.ipynb #6b90eb6d
-import html
 import io
 import re
 import warnings
@@ -27,6 +26,7 @@ from .answer import open_model, sampling_of
 from .attention import TextAttention
 from .data import Item
 from .degrade import CORRUPTIONS, SEVERITY
+from .escape import html_text
 from clear_nb.explore import (
     PHOTO,
     Exploration,
@@ -63,7 +63,7 @@ def data_url(picture: np.ndarray, side: int) -> str:
 # %% ../nbs/study/panel.ipynb #56f6c34b
 def mark_tags(text: str) -> str:  # HTML
     "Escape a text for HTML and wrap its tags in `<span class='ce-tag'>`."
-    escaped = html.escape(text.strip())
+    escaped = html_text(text.strip())
     return re.sub(r'&lt;/?\w+&gt;', r'<span class="ce-tag">\g<0></span>', escaped)
 
 # %% ../nbs/study/panel.ipynb #eca2d002

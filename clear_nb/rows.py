@@ -230,6 +230,11 @@ class RowSource:
 _LEVELS = dict(LOW='low', MID='mid', HIGH='hard')
 
 
+def _storable_name(name: str) -> str:
+    "Replace what UTF-8 cannot hold, as in a file name of another locale, by question marks."
+    return name.encode('utf-8', 'replace').decode('utf-8')
+
+
 def parse_name(
     stem: str,  # file name without .tsv
 ) -> tuple:  # benchmark, corruption ('' if none is named), severity
@@ -461,7 +466,8 @@ class _TsvFile:
     @cached_property
     def names(self) -> dict:
         "Read benchmark, corruption and severity out of the file name."
-        return dict(zip(('benchmark', 'corruption', 'severity'), parse_name(self.path.stem)))
+        named = parse_name(_storable_name(self.path.stem))
+        return dict(zip(('benchmark', 'corruption', 'severity'), named))
 
     @cached_property
     def missing(self) -> dict:
@@ -721,6 +727,7 @@ def read_datasets(
     benchmark = benchmark or getattr(getattr(ds, 'info', None), 'dataset_name', None)
     if not benchmark:
         raise ValueError('the data set has no name: pass benchmark=')
+    benchmark = _storable_name(benchmark)
     _check_columns(columns, ds.column_names, benchmark)
     total = len(ds) if hasattr(ds, '__len__') else None
     if total == 0:

@@ -250,7 +250,7 @@ def ask(
     messages = [dict(role='user', content=_sendable(content))]
     try:
         raw = self._client.chat.completions.with_raw_response
-        reply = raw.create(model=self.model, messages=messages, **request)
+        reply = raw.create(model=storable(self.model), messages=messages, **request)
         text, about = read_completion(json.loads(reply.content))
     except openai.OpenAIError as e:
         failed = self._failed(e)

@@ -172,6 +172,9 @@ def test_fresh_weights_are_shown_too():
         and 'no answer block' in str(e)
     )
     assert len(figure_pictures(e).axes) == 2 and figure_attention(e).subfigs[0].axes
+    e.attention.tokens[:2] = [r'$\frac$', '\x1b[2J\n']  # what a model may say
+    figure_attention(e, [0, 1]).savefig(io.BytesIO(), format='svg')
+    assert '“' + r'\$\frac\$\x1b[2J' in figure_attention(e, [0, 1]).get_suptitle()
     with pytest.raises(ValueError, match='nothing was restored'):
         figure_restorations(e)
 

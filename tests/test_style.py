@@ -93,7 +93,7 @@ MAY_IMPORT = {
     'perceptual': ['claims', 'data'],
     'gallery': ['mmd_bench', 'watch'],
     'attention': ['grpo'],
-    'explore': ['answer', 'attention', 'degrade', 'scenes'],
+    'explore': ['answer', 'attention', 'degrade', 'escape', 'scenes'],
     'panel': ['explore'],
     'scale': ['images', 'model', 'paper'],
     'readme': ['core'],
