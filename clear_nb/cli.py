@@ -594,7 +594,11 @@ def _serve(args: argparse.Namespace):
 
 def _serve_options(kinds):
     "Add the command `serve`."
-    a = kinds.add_parser('serve', help=COMMANDS['serve'])
+    epilog = (
+        'Exit status: 2 for an error that you can mend (one sentence says how); a server runs '
+        'until it is stopped: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.'
+    )
+    a = kinds.add_parser('serve', help=COMMANDS['serve'], epilog=epilog)
     a.add_argument('--model', required=True, help='clear:FOLDER, what `answer` opens')
     a.add_argument('--port', type=_port, default=8000, help='0 takes any free one (default: 8000)')
     host = 'address to listen on (default: 127.0.0.1, which only this machine reaches)'

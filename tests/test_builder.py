@@ -866,7 +866,7 @@ def test_command(built, source, tmp_path, hasty, capsys):
     )
     assert (
         capsys.readouterr().err
-        == 'clear-nb: no parquet file in nowhere: name the folder that holds the data set.\n'
+        == 'clear-nb: no parquet file in nowhere: there is no such folder.\n'
     )
 
 
