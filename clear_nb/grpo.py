@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NO_SPREAD', 'NORMS', 'PROGRESS_KEYS', 'JUDGE_SET_HELP', 'JUDGE_HELP', 'rollout_sampling', 'rollout_batch',
-           'cache_bytes', 'latent_shape', 'rollout_bytes', 'rewards_of_rollouts', 'reward_logs', 'reward_table',
-           'advantages', 'state_at', 'rollout_segments', 'choose_steps', 'forbidden', 'text_logp', 'recorded_logp',
-           'owner_of_text', 'flow_logp', 'noise_logp', 'old_flow_logp', 'bounded_log_ratio', 'clipped_policy_loss',
-           'is_clipped', 'kl_k3', 'reference', 'ScoredTrajectory', 'token_weights', 'Objective', 'member_weights',
-           'score_trajectories', 'per_token', 'text_terms', 'flow_terms', 'joint_loss', 'log_summary', 'grpo_loss',
-           'scored_pieces', 'joint_gradient', 'is_recorded_well', 'broken_trajectories', 'stop_with_names',
-           'accumulate_gradients', 'equal_tokens', 'batch_tokens', 'ObjectiveVariant', 'longest_trajectory',
-           'objective_of', 'scoring_of', 'GrpoRun', 'choose_pairs', 'sample_rollouts', 'behaviour_summary',
-           'rollout_outline', 'grpo_step', 'prepare_with_reference', 'judge_settings', 'train_grpo', 'rl_set',
-           'judge_of', 'main']
+           'rewards_of_rollouts', 'reward_logs', 'reward_table', 'advantages', 'state_at', 'rollout_segments',
+           'choose_steps', 'forbidden', 'text_logp', 'recorded_logp', 'owner_of_text', 'flow_logp', 'noise_logp',
+           'old_flow_logp', 'bounded_log_ratio', 'clipped_policy_loss', 'is_clipped', 'kl_k3', 'reference',
+           'ScoredTrajectory', 'token_weights', 'Objective', 'member_weights', 'score_trajectories', 'per_token',
+           'text_terms', 'flow_terms', 'joint_loss', 'log_summary', 'grpo_loss', 'cache_bytes', 'latent_shape',
+           'rollout_bytes', 'scored_pieces', 'joint_gradient', 'is_recorded_well', 'broken_trajectories',
+           'stop_with_names', 'accumulate_gradients', 'equal_tokens', 'batch_tokens', 'ObjectiveVariant',
+           'longest_trajectory', 'objective_of', 'scoring_of', 'GrpoRun', 'choose_pairs', 'sample_rollouts',
+           'behaviour_summary', 'rollout_outline', 'grpo_step', 'prepare_with_reference', 'judge_settings',
+           'train_grpo', 'rl_set', 'judge_of', 'main']
 
 # %% ../nbs/stages/grpo.ipynb #53c56659
 import copy
@@ -109,38 +109,6 @@ def rollout_batch(
         noise = Noise('grpo', seed, step, first=first + len(out))
         out += generate(model, asked[k : k + chunk], how, noise, cfg.group)
     return out
-
-# %% ../nbs/stages/grpo.ipynb #3c9a64d8
-def cache_bytes(model: ClearModel, rows: int, slots: int) -> int:
-    "Compute the size of a key-value cache of this model."
-    c = model.mot.cfg
-    width = c.hidden_size // c.num_attention_heads
-    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * width
-    return rows * (slots * (numbers * model.cache_dtype.itemsize + 6 * 8) + 2 * 8)
-
-# %% ../nbs/stages/grpo.ipynb #a375c402
-def latent_shape(prompt: list) -> tuple:  # (z, h, w)
-    "Read the shape of the latent in a prompt."
-    return next(tuple(s.latent.shape) for s in prompt if isinstance(s, LatentSegment))
-
-
-def rollout_bytes(
-    model: ClearModel,
-    asked: list,  # prompts of a step, each with a latent
-    cfg: GrpoParams,
-    chunk: int = 0,  # as in `rollout_batch`
-) -> dict:  # caches at their peak, recorded states
-    "Compute upper bounds of what the rollouts of a step keep, by the formula above."
-    how, shapes = rollout_sampling(cfg), [latent_shape(p) for p in asked]
-    slots = max(token_budget(model, p, shape, how) for p, shape in zip(asked, shapes))
-    blank = [LatentSegment(torch.empty(shape)) for shape in shapes]
-    tokens = max(tokens_of(s, model.shape) - 2 for s in blank)  # 2: start and end of the picture
-    state = tokens * model.llm2vae.out_features * 4
-    questions = chunk or len(asked)
-    return dict(
-        caches=cache_bytes(model, questions * (1 + 2 * cfg.group), slots),
-        states=len(asked) * cfg.group * cfg.max_restores * cfg.denoise_steps * state,
-    )
 
 # %% ../nbs/stages/grpo.ipynb #3db5082f
 def rewards_of_rollouts(
@@ -538,6 +506,38 @@ def grpo_loss(
     "Compute the joint loss of a whole batch and what to log about it."
     loss, details = joint_loss(model, samples, o, ref)
     return loss, log_summary([details])
+
+# %% ../nbs/stages/grpo.ipynb #3c9a64d8
+def cache_bytes(model: ClearModel, rows: int, slots: int) -> int:
+    "Compute the size of a key-value cache of this model."
+    c = model.mot.cfg
+    width = c.hidden_size // c.num_attention_heads
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * width
+    return rows * (slots * (numbers * model.cache_dtype.itemsize + 6 * 8) + 2 * 8)
+
+# %% ../nbs/stages/grpo.ipynb #a375c402
+def latent_shape(prompt: list) -> tuple:  # (z, h, w)
+    "Read the shape of the latent in a prompt."
+    return next(tuple(s.latent.shape) for s in prompt if isinstance(s, LatentSegment))
+
+
+def rollout_bytes(
+    model: ClearModel,
+    asked: list,  # prompts of a step, each with a latent
+    cfg: GrpoParams,
+    chunk: int = 0,  # as in `rollout_batch`
+) -> dict:  # caches at their peak, recorded states
+    "Compute upper bounds of what the rollouts of a step keep, by the formula above."
+    how, shapes = rollout_sampling(cfg), [latent_shape(p) for p in asked]
+    slots = max(token_budget(model, p, shape, how) for p, shape in zip(asked, shapes))
+    blank = [LatentSegment(torch.empty(shape)) for shape in shapes]
+    tokens = max(tokens_of(s, model.shape) - 2 for s in blank)  # 2: start and end of the picture
+    state = tokens * model.llm2vae.out_features * 4
+    questions = chunk or len(asked)
+    return dict(
+        caches=cache_bytes(model, questions * (1 + 2 * cfg.group), slots),
+        states=len(asked) * cfg.group * cfg.max_restores * cfg.denoise_steps * state,
+    )
 
 # %% ../nbs/stages/grpo.ipynb #f1133cdb
 def scored_pieces(samples: list, shape, micro: int, ranks: OneProcess) -> list:  # of lists
