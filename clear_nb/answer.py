@@ -377,9 +377,9 @@ def _run_answer(args: argparse.Namespace):
             print(terminal_line(f'clear-nb: {warning.message}'), file=sys.stderr)
     print(terminal_text(result))
     for place in save_images(result.images, out) if out else []:
-        print(f'written: {place}')
+        print(terminal_line(f'written: {place}'))
     if out and not result.images:
-        print(f'nothing was restored, so {out} was not written')
+        print(terminal_line(f'nothing was restored, so {out} was not written'))
 
 # %% ../nbs/bench/answer.ipynb #8ec473fd
 ANSWER_OPTIONS = {

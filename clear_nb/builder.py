@@ -410,11 +410,9 @@ def _warn_if_short(examples: dict, n: int) -> int:  # exit status
     "Warn when a part has fewer examples than wanted."
     short = {part: there for part, there in examples.items() if there < n}
     if short:
-        print(
-            f'clear-nb: fewer examples than the {n:,} wanted: {short}; the source holds '
-            'no more of the rarer pathway: raise share or spare in a new folder.',
-            file=sys.stderr,
-        )
+        found = f'clear-nb: fewer examples than the {n:,} wanted: {short}'
+        advice = 'no more of the rarer pathway: raise share or spare in a new folder.'
+        print(terminal_line(f'{found}; the source holds {advice}'), file=sys.stderr)
     return int(bool(short))
 
 
@@ -445,6 +443,6 @@ def run_build(
         print(done)
         return 0
     record = json.loads(write_build_record(args.out, clock.seconds).read_text(encoding='utf-8'))
-    summary = map(terminal_line, build_summary(done))
-    print(*summary, table(record), f'written: {args.out / "manifest.json"}', sep='\n')
+    written = terminal_line(f'written: {args.out / "manifest.json"}')
+    print(*map(terminal_line, build_summary(done)), table(record), written, sep='\n')
     return _warn_if_short(done['accounts']['examples'], recipe.n)

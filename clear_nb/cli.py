@@ -256,7 +256,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
     tables = write_report(results, args.out)
     table = tables['accuracy'] if len(runs) == 1 else tables['difference']
     print(to_markdown(without_repetition(table)))
-    print(f'written: {args.out / "bench.md"}')
+    print(terminal_line(f'written: {args.out / "bench.md"}'))
     unfinished = [r for r, (_, run) in zip(runs, results) if run['rows'] is None]
     for r in unfinished:
         _say(f'unfinished: {r}; run its command again.')
