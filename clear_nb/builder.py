@@ -42,7 +42,7 @@ from clear_nb.candidates import (
     select_questions,
 )
 from .core import atomic_path, explain_full_disk, file_hash
-from .escape import terminal_line
+from .escape import terminal_line, terminal_text
 from .folders import begin_folder, finish_folder, one_writer
 from .identity import made_from
 from clear_nb.judge import (
@@ -440,7 +440,7 @@ def run_build(
         accept_code=args.accept_code,
     )
     if isinstance(done, CostEstimate):
-        print(done)
+        print(terminal_text(done))
         return 0
     record = json.loads(write_build_record(args.out, clock.seconds).read_text(encoding='utf-8'))
     written = terminal_line(f'written: {args.out / "manifest.json"}')

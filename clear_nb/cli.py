@@ -272,6 +272,7 @@ def _bench(args: argparse.Namespace) -> int:  # exit status
     check_counts(args, ['batch', 'limit'])
     check_folder(args.out)
     check_data(args.data, args.severity)
+    judge_beside(args, args.out)  # refused before a row is asked
     given = {k: getattr(args, k) for k in ('instruction', 'batch', 'device', 'dtype')}
     settings = read_settings(args.set) | {k: v for k, v in given.items() if v is not None}
     evaluate = import_module('clear_nb.evaluate')
@@ -289,10 +290,10 @@ def _bench(args: argparse.Namespace) -> int:  # exit status
 
 # %% ../nbs/bench/cli.ipynb #03f50cff
 _STATUS = (
-    'Exit status: 0 no row is pending (rows that cannot be used are named, left out and not '
-    'counted), 1 some rows are pending (the command says how many and why), 2 an error that you '
-    'can mend (one sentence says how), also when no row can be used, 130 after Ctrl-C, 143 after '
-    'SIGTERM, 129 after SIGHUP.'
+    'Exit status: 0 every row has a score (rows that cannot be used are named, left out and not '
+    'counted), 1 some rows are pending, were cut, or have no score (the command says how many and '
+    'why), 2 an error that you can mend (one sentence says how), also when no row can be used, 130 '
+    'after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.'
 )
 _MODEL = (
     'clear:FOLDER (clear: alone is the shipped model), hf:FOLDER_OR_NAME, server:MODEL@URL or python:module:function, '
