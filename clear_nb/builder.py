@@ -352,7 +352,7 @@ def build_training(
         if server is None:
             return cost
         if progress:
-            print(cost, file=sys.stderr)
+            print(terminal_text(cost), file=sys.stderr)
         annotator = Annotator(server, kept, recipe.regenerations + 1, patience, request)
         traced = collect_traces(annotator, out, queues, recipe, workers, progress)
         return _finish(out, recipe, replies, routed, traced, annotator)
