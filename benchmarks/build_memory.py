@@ -84,7 +84,7 @@ def measure(rows, side, settings, folder):
             [sys.executable, __file__, '--child', str(tsv), str(out), json.dumps(settings)],
             check=True,
             capture_output=True,
-            text=True,
+            encoding='utf-8',
         )
         return dict(
             rows=rows,

@@ -116,7 +116,7 @@ def killed(source, out, a, size):
 
 def check(source_rows, out, damaged=1):
     "Accounts add up, rejects are those that were put in, no picture is in both parts"
-    m = json.loads((out / 'manifest.json').read_text())
+    m = json.loads((out / 'manifest.json').read_text(encoding='utf-8'))
     a = m['accounts']
     assert a['rows'] == sum(
         v for k, v in a.items() if k not in ('rows', 'examples', 'unreadable_shards')

@@ -148,7 +148,7 @@ def mixed(n, sides, rounds):
 def peak_memory(way, height, width):
     "Measure the peak MB of a fresh process that applies mean shift to a large picture."
     command = [sys.executable, __file__, '--memory-of', way, '--size', str(height), str(width)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, encoding='utf-8')
     return float(done.stdout)
 
 

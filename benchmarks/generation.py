@@ -288,7 +288,7 @@ def main(argv=None):
         torch.set_num_threads(1)
     out = {name: measure(name, a) for name in a.shapes}
     if a.out:
-        a.out.write_text(json.dumps(out, indent=1))
+        a.out.write_text(json.dumps(out, indent=1), encoding='utf-8')
     return out
 
 

@@ -385,9 +385,11 @@ def training(model, rolls, a):
 def high_water(reset=False):
     "Largest memory this process has held since the last reset, MiB (Linux)"
     if reset:
-        Path('/proc/self/clear_refs').write_text('5')
+        Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
     line = next(
-        l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')
+        l
+        for l in Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
+        if l.startswith('VmHWM')
     )
     return int(line.split()[1]) / 1024
 
@@ -442,7 +444,11 @@ def memory(name, a):
     runs = [
         json.loads(
             subprocess.run(
-                [*command, '--group', str(g)], env=env, check=True, capture_output=True, text=True
+                [*command, '--group', str(g)],
+                env=env,
+                check=True,
+                capture_output=True,
+                encoding='utf-8',
             ).stdout
         )
         for g in a.groups
@@ -558,7 +564,10 @@ def main(argv=None):
         return print(json.dumps(child(a.child, a.group, a)))
     out = {name: measure(name, a) for name in a.shapes}
     if a.out:
-        a.out.write_text(json.dumps(dict(settings={**vars(a), 'out': str(a.out)}, **out), indent=1))
+        a.out.write_text(
+            json.dumps(dict(settings={**vars(a), 'out': str(a.out)}, **out), indent=1),
+            encoding='utf-8',
+        )
     return out
 
 

@@ -165,7 +165,7 @@ def main(argv=None):
             f'{f["speed"]["median"]:.2f} ({f["speed"]["min"]:.2f} to {f["speed"]["max"]:.2f})'
         )
     if a.out:
-        a.out.write_text(json.dumps(found, indent=1))
+        a.out.write_text(json.dumps(found, indent=1), encoding='utf-8')
     return found
 
 

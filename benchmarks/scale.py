@@ -103,7 +103,7 @@ def in_own_process(shape, rows, generated, **environment):
     command = [sys.executable, __file__, '--child', shape]
     command += ['--rows', str(rows), '--generated', str(generated)]
     env = dict(os.environ, OMP_NUM_THREADS='1', **environment)
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, encoding='utf-8', env=env)
     if done.returncode:
         raise RuntimeError(f'{shape}, {rows} rows:\n{done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])

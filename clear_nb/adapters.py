@@ -565,44 +565,7 @@ def _data_url(row: BenchmarkRow) -> str:
         data = file.getvalue()
     return f'data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}'
 
-# %% ../nbs/bench/adapters.ipynb #2a109dd2
-_KEY = re.compile(
-    r'api.?key|authori[sz]ation|secret|password|bearer|(access|auth).?token|(^|\.)(key|token)$',
-    re.I,
-)
-
-
-def _option_names(options: dict) -> list:
-    "List the names of options; those inside a mapping stand behind its name and a dot."
-    names = []
-    for name, value in options.items():
-        inner = _option_names(value) if isinstance(value, dict) else []
-        names += [name, *(f'{name}.{other}' for other in inner)]
-    return names
-
 # %% ../nbs/bench/adapters.ipynb #d223f0a9
-def _check_options(
-    options: dict,  # further fields of a request
-    key_env: str,  # environment variable that holds the key
-):
-    "Raise ValueError for an option that carries a key or that the client does not know."
-    from openai.resources.chat.completions import Completions
-
-    if found := [name for name in _option_names(options) if _KEY.search(name)]:
-        raise ValueError(
-            f'{found[-1]} would be written down: put the key into the environment variable '
-            f'{key_env}, or name another one with key_env=NAME.'
-        )
-    ours = {'self', 'messages', 'model', 'stream', 'stream_options'}
-    fields = {*inspect.signature(Completions.create).parameters} - ours
-    own = {*inspect.signature(ServerAdapter).parameters} - {'model', 'base_url', 'options'}
-    for name in options.keys() - fields:
-        raise ValueError(
-            f'a server has no setting {name!r}, {suggest(name, fields | own)}; '
-            f'what only your server knows is written extra_body.{name}=VALUE.'
-        )
-
-
 class ServerAdapter(Adapter):
     """A model behind an OpenAI-compatible server.
 
@@ -623,11 +586,12 @@ class ServerAdapter(Adapter):
         rpm: Positive = None,  # requests per minute; None: no limit
         max_new_tokens: Count = MAX_NEW_TOKENS,
         name_rows: bool = False,  # tell `clear-nb serve` which row each request is about
-        **options,  # further fields of the request; None leaves a field out
+        **options,  # further fields of the request (`server.check_request_fields`); None leaves one out
     ):
-        from clear_nb.server import Server
+        from clear_nb.server import Server, check_request_fields
 
-        _check_options(options, key_env)
+        own = inspect.signature(ServerAdapter).parameters
+        check_request_fields(options, key_env, [*own])
         self.server = Server(model, base_url, key_env, timeout, tries, rpm)
         self.workers, self.name_rows = workers, name_rows
         fields = dict(temperature=0, max_tokens=max_new_tokens) | options

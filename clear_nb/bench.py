@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['limit_of_cut', 'cut_remark', 'read_results', 'joined', 'accuracy_table', 'corruption_table', 'category_table',
-           'second_table', 'drop_table', 'difference_table', 'left_out', 'report_tables', 'accuracy_figure',
-           'without_repetition', 'write_report', 'report_bench']
+           'second_table', 'drop_table', 'difference_table', 'incomplete_questions', 'left_out', 'report_tables',
+           'accuracy_figure', 'without_repetition', 'write_report', 'report_bench']
 
 # %% ../nbs/bench/bench.ipynb #807d6596
 import json
@@ -55,13 +55,26 @@ def cut_remark(frame: pd.DataFrame) -> str:  # frame: of `read_results`
     )
 
 
-def _protocol(name: str, rows: list, judge) -> str:  # rows: of this benchmark
-    "Return the protocol of a benchmark's name or answers, else that of its first question."
+def _has_rolls(rows: list) -> bool:
+    "Tell whether a question occurs more than once in one version of a benchmark."
+    places = Counter((scoring.question_of(r), r.corruption, r.severity) for r in rows)
+    return max(places.values()) > 1
+
+
+def _protocol(
+    name: str, rows: list, judge, finished: bool = True
+) -> str:  # rows: of this benchmark
+    """Return the protocol of a benchmark's name or answers, else that of its first question.
+
+    Questions that are rolled are scored together. A finished benchmark without a single roll is
+    scored row by row."""
     by_rule = 'choice' if rows[0].options else 'short'
     try:
         protocol = scoring.protocol_of(name, rows)
     except ValueError:
         return by_rule
+    if protocol == 'circular' and finished and not _has_rolls(rows):
+        return 'choice'
     listed = any('<AND>' in r.answer or '<OR>' in r.answer for r in rows)
     return by_rule if protocol == 'mmvet' and judge is None and not listed else protocol
 
@@ -80,7 +93,8 @@ def read_results(
     members = {}
     for row in rows:
         members.setdefault(row.benchmark, []).append(row)
-    protocols = {b: protocol or _protocol(b, own, judge) for b, own in members.items()}
+    finished = run['rows'] is not None
+    protocols = {b: protocol or _protocol(b, own, judge, finished) for b, own in members.items()}
     replies = [text if kind == 'answer' else None for text, kind in zip(frame.reply, frame.kind)]
     scored = scoring.score_rows(rows, replies, judge, protocols, compat, progress=False)
     cut = [limit_of_cut(d) for d in frame.detail]
@@ -223,13 +237,23 @@ def _without_value(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def incomplete_questions(frame: pd.DataFrame) -> pd.DataFrame:  # frame: of `read_results`
+    "List the questions without a score because some of their rolls are not there."
+    units = scoring.score_units(frame)
+    lost = units[units.value.isna() & (units.present < units.rolls)]
+    missing = [f'{r.rolls - r.present} of {r.rolls} rolls missing' for r in lost.itertuples()]
+    return lost.assign(index=lost.unit, reason=missing, detail='', row='')
+
+
 def left_out(
     frame: pd.DataFrame,  # of `read_results`
     run: dict,  # of `read_results`
-) -> pd.DataFrame:  # kind: rejected, pending or unparsable; row: its place in the source, or ''
-    "List the rows without a score."
+) -> pd.DataFrame:  # row: its place in the source, or ''
+    """List what has no score, by kind: rejected, pending and unparsable rows, and questions that
+    are incomplete."""
     rejects = pd.DataFrame(run['rejects'], columns=['row', 'index', 'reason', 'detail'])
-    found = [rejects.assign(kind='rejected'), _without_value(frame)]
+    incomplete = incomplete_questions(frame).assign(kind='incomplete')
+    found = [rejects.assign(kind='rejected'), _without_value(frame), incomplete]
     table = pd.concat(found, ignore_index=True).assign(model=run['name'])
     return table.reindex(columns=_LEFT).fillna('')
 
@@ -299,12 +323,14 @@ def _summary(frame: pd.DataFrame, run: dict) -> dict:  # of one model
     counts = {kind: int((frame.kind == kind).sum()) for kind in scoring.OUTCOME_KINDS}
     known = run['rows'] is not None
     # more replies than rows: the last command left rows out
-    complete = known and run['rows'] <= len(frame) and not counts['pending']
+    incomplete = len(incomplete_questions(frame))
+    complete = known and run['rows'] <= len(frame) and not counts['pending'] + incomplete
     return dict(
         run,
         model=run['name'],
         replies=len(frame),
         complete=complete,
+        incomplete=incomplete,
         cut=cut_remark(frame),
         **counts,
         rejected=dict(Counter(r['reason'] for r in run['rejects'])),
@@ -324,7 +350,8 @@ _CAPTION = (
 def _missing(summary: dict) -> str:
     rows = summary['rows'] or 'an unknown number of'
     replies = f'{summary["replies"]} replies of {rows} rows'
-    return f'{summary["model"]}: {replies}, {summary["pending"]} pending'
+    incomplete = f', {n} questions lack rolls' if (n := summary['incomplete']) else ''
+    return f'{summary["model"]}: {replies}, {summary["pending"]} pending{incomplete}'
 
 
 def _caption(summaries: list) -> str:

@@ -51,6 +51,7 @@ from clear_nb.judge import (
     SHORT_TASK,
     LLMJudge,
     Replies,
+    open_judge,
 )
 from clear_nb.pathways import (
     BASE_RIGHT_RULE,
@@ -61,7 +62,7 @@ from clear_nb.pathways import (
     pathway_queues,
     route_questions,
 )
-from .presets import PATIENCE, REQUEST_WORKERS, load_preset
+from .presets import PATIENCE, REQUEST_WORKERS, load_preset, read_settings
 from .records import Clock, write_record
 from .server import Server
 from .sources import TRAINING_PARTS, BuildRecipe, Source, open_source, read_recipe
@@ -397,29 +398,21 @@ def _annotator_of(args) -> Server | None:
 
 def _judge_of(args) -> LLMJudge | None:
     "Open the judge that the arguments name; None for the rule."
-    model, _, url = args.judge.partition('@')
-    if not model:
-        return None
-    return LLMJudge(
-        model,
-        url or None,
-        key_env=args.judge_key_env,
-        timeout=args.timeout,
-        rpm=args.rpm,
-        cache=args.out / 'judge.jsonl',
-        patience=args.patience,
-    )
+    own = read_settings(args.judge_set)
+    if not args.judge:
+        return open_judge('', args.out, own)
+    common = dict(timeout=args.timeout, rpm=args.rpm, patience=args.patience)
+    settings = dict(key_env=args.judge_key_env, **common) | own
+    return open_judge(args.judge, args.out / 'judge.jsonl', settings)
 
 # %% ../nbs/bench/builder.ipynb #5b091402
 def _warn_if_short(examples: dict, n: int) -> int:  # exit status
     "Warn when a part has fewer examples than wanted."
     short = {part: there for part, there in examples.items() if there < n}
     if short:
-        text = (
-            f'clear-nb: fewer examples than the {n:,} wanted: {short}; the source holds '
-            'no more of the rarer pathway: raise share or spare in a new folder.'
-        )
-        print(terminal_line(text), file=sys.stderr)
+        found = f'clear-nb: fewer examples than the {n:,} wanted: {short}'
+        advice = 'no more of the rarer pathway: raise share or spare in a new folder.'
+        print(terminal_line(f'{found}; the source holds {advice}'), file=sys.stderr)
     return int(bool(short))
 
 
@@ -450,7 +443,6 @@ def run_build(
         print(terminal_text(done))
         return 0
     record = json.loads(write_build_record(args.out, clock.seconds).read_text(encoding='utf-8'))
-    written = f'written: {args.out / "manifest.json"}'
-    summary = map(terminal_line, build_summary(done))
-    print(*summary, terminal_text(table(record)), terminal_line(written), sep='\n')
+    written = terminal_line(f'written: {args.out / "manifest.json"}')
+    print(*map(terminal_line, build_summary(done)), table(record), written, sep='\n')
     return _warn_if_short(done['accounts']['examples'], recipe.n)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL_NAMES', 'COMMANDS', 'run_command', 'check_counts', 'check_folder', 'check_data', 'rows_of_all',
-           'print_rejects', 'print_left_out', 'unreadable_hint', 'surplus_remark', 'open_judge', 'command_parser',
-           'main']
+           'print_rejects', 'print_left_out', 'judge_remark', 'rolls_remark', 'unreadable_hint', 'surplus_remark',
+           'judge_beside', 'command_parser', 'main']
 
 # %% ../nbs/bench/cli.ipynb #924612ba
 import argparse
@@ -163,7 +163,9 @@ def print_left_out(left, again: str) -> int:  # left: of `bench.left_out`; exit 
     unanswered = pending[pending.reason != 'needs a judge']
     to_judge = len(pending) - len(unanswered)
     if len(left) > _MOST_LINES:
-        lines.append(f'{len(left)} rows have no score; bench_left_out.csv lists them all.')
+        lines.append(
+            f'{len(left)} rows or questions have no score; bench_left_out.csv lists them all.'
+        )
     if to_judge:
         lines.append(f'{to_judge} rows need a judge: add --judge MODEL@URL.')
     if len(unanswered):
@@ -174,10 +176,35 @@ def print_left_out(left, again: str) -> int:  # left: of `bench.left_out`; exit 
     return int(len(pending) > 0)
 
 # %% ../nbs/bench/cli.ipynb #785a0708
+def judge_remark(frame) -> str:  # frame: of `bench.read_results`
+    "Say how many replies of a judge could not be read, '' when all could."
+    lost = frame[(frame.kind == 'unparsable') & frame.note.str.startswith('judge: ')]
+    if lost.empty:
+        return ''
+    return (
+        f'{len(lost)} replies of the judge could not be read ({_shortened(lost.note.iloc[0])}); '
+        'a judge that thinks first needs more tokens: --judge-set max_tokens=2048.'
+    )
+
+
+def rolls_remark(left) -> str:  # left: of `bench.left_out`
+    "Say how many questions have no score because some of their rolls are missing, else ''."
+    lost = left[left.kind == 'incomplete']
+    if lost.empty:
+        return ''
+    first = lost.iloc[0]
+    return (
+        f'{len(lost)} questions lack rolls and have no score (first: {first.benchmark}, question '
+        f'{first["index"]}: {first.reason}); add their rows, or score each row alone: '
+        '--protocol choice.'
+    )
+
+
 def unreadable_hint(frame, run: Path) -> str:  # frame: of `bench.read_results`
     "Return a hint for a model that needs other words, '' unless most replies are unreadable."
     heard = frame[frame.reply.notna()]
-    lost = heard[(heard.kind == 'unparsable') & heard.value.notna()]  # a judge's have no value
+    judged = heard.note.str.startswith('judge: ')
+    lost = heard[(heard.kind == 'unparsable') & ~judged]
     if 2 * len(lost) <= len(heard):
         return ''
     example = _shortened(max(lost.reply, key=bool), 60)
@@ -199,14 +226,12 @@ def surplus_remark(frame, run: dict) -> str:
     )
 
 # %% ../nbs/bench/cli.ipynb #cf9b5f03
-def open_judge(spec: str | None, run: Path):  # LLMJudge or None
-    "Open the judge that MODEL@URL names, with its replies kept beside the run."
-    if not spec:
+def judge_beside(args: argparse.Namespace, run: Path):  # LLMJudge or None
+    "Open the judge of a command, with its replies kept beside the run. Errors of `open_judge`."
+    settings = read_settings(args.judge_set)
+    if not args.judge and not settings:
         return None
-    from clear_nb.judge import LLMJudge
-
-    model, _, url = spec.partition('@')
-    return LLMJudge(model, url or None, cache=run / 'judge.jsonl')
+    return import_module('clear_nb.judge').open_judge(args.judge, run / 'judge.jsonl', settings)
 
 # %% ../nbs/bench/cli.ipynb #4d7f1595
 _ASK_AGAIN = 'run the same command again to ask them'
@@ -216,10 +241,12 @@ def _print_remarks(folder: Path, frame, run: dict, again: str) -> int:  # exit s
     "Say on standard error what a reader of the table should know."
     from clear_nb.bench import cut_remark, left_out
 
-    cut = cut_remark(frame)
-    for line in filter(None, (cut, unreadable_hint(frame, folder), surplus_remark(frame, run))):
+    left = left_out(frame, run)
+    faults = [cut_remark(frame), judge_remark(frame), rolls_remark(left)]
+    hints = [unreadable_hint(frame, folder), surplus_remark(frame, run)]
+    for line in filter(None, faults + hints):
         _say(line)
-    return print_left_out(left_out(frame, run), again.format(run=folder)) | bool(cut)
+    return print_left_out(left, again.format(run=folder)) | any(faults)
 
 
 def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> int:  # exit status
@@ -227,7 +254,7 @@ def _report(runs: list, args: argparse.Namespace, again: str = _ASK_AGAIN) -> in
     from clear_nb.artefacts import to_markdown
     from clear_nb.bench import read_results, without_repetition, write_report
 
-    results = [read_results(r, open_judge(args.judge, r), args.compat, args.protocol) for r in runs]
+    results = [read_results(r, judge_beside(args, r), args.compat, args.protocol) for r in runs]
     tables = write_report(results, args.out)
     table = tables['accuracy'] if len(runs) == 1 else tables['difference']
     print(to_markdown(without_repetition(table)))
@@ -247,6 +274,7 @@ def _bench(args: argparse.Namespace) -> int:  # exit status
     check_counts(args, ['batch', 'limit'])
     check_folder(args.out)
     check_data(args.data, args.severity)
+    judge_beside(args, args.out)  # refused before a row is asked
     given = {k: getattr(args, k) for k in ('instruction', 'batch', 'device', 'dtype')}
     settings = read_settings(args.set) | {k: v for k, v in given.items() if v is not None}
     evaluate = import_module('clear_nb.evaluate')
@@ -264,10 +292,10 @@ def _bench(args: argparse.Namespace) -> int:  # exit status
 
 # %% ../nbs/bench/cli.ipynb #03f50cff
 _STATUS = (
-    'Exit status: 0 no row is pending (rows that cannot be used are named, left out and not '
-    'counted), 1 some rows are pending (the command says how many and why), 2 an error that you '
-    'can mend (one sentence says how), also when no row can be used, 130 after Ctrl-C, 143 after '
-    'SIGTERM, 129 after SIGHUP.'
+    'Exit status: 0 every row has a score (rows that cannot be used are named, left out and not '
+    'counted), 1 some rows are pending, were cut, or have no score (the command says how many and '
+    'why), 2 an error that you can mend (one sentence says how), also when no row can be used, 130 '
+    'after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.'
 )
 _MODEL = (
     'clear:FOLDER (clear: alone is the shipped model), hf:FOLDER_OR_NAME, server:MODEL@URL or python:module:function, '
@@ -288,6 +316,10 @@ _DTYPE = (
 )
 PROTOCOL_NAMES = 'choice', 'circular', 'yesno', 'short', 'mmvet'  # scoring.PROTOCOLS
 _PROTOCOL = 'how all questions are scored (default: by the name of a benchmark or its answers)'
+_JUDGE_SET = (
+    'settings of the judge and fields of its requests, e.g. max_tokens=2048 tries=4, or '
+    'max_tokens=null max_completion_tokens=2048 (default: temperature=0 max_tokens=16)'
+)
 _JUDGE = (
     'MODEL@URL of an OpenAI-compatible server that grades open answers (default: rules alone); '
     'its replies are kept in the folder of a run'
@@ -296,6 +328,7 @@ _JUDGE = (
 # %% ../nbs/bench/cli.ipynb #f09815c2
 def _scoring_options(parser):
     parser.add_argument('--judge', help=_JUDGE)
+    parser.add_argument('--judge-set', nargs='+', default=[], metavar='NAME=VALUE', help=_JUDGE_SET)
     parser.add_argument('--compat', choices=['vlmevalkit'], help='score by the rules of that kit')
     parser.add_argument('--protocol', choices=PROTOCOL_NAMES, help=_PROTOCOL)
 
@@ -507,6 +540,7 @@ _REQUESTS = dict(
     key_env=dict(
         default='OPENAI_API_KEY', help='environment variable with the key of the annotator'
     ),
+    judge_set=dict(nargs='+', default=[], metavar='NAME=VALUE', help=_JUDGE_SET),
     judge_key_env=dict(
         default='OPENAI_API_KEY', help='environment variable with the key of the judge'
     ),
@@ -596,7 +630,11 @@ def _serve(args: argparse.Namespace):
 
 def _serve_options(kinds):
     "Add the command `serve`."
-    a = kinds.add_parser('serve', help=COMMANDS['serve'])
+    epilog = (
+        'Exit status: 2 for an error that you can mend (one sentence says how); a server runs '
+        'until it is stopped: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.'
+    )
+    a = kinds.add_parser('serve', help=COMMANDS['serve'], epilog=epilog)
     a.add_argument('--model', required=True, help='clear:FOLDER, what `answer` opens')
     a.add_argument('--port', type=_port, default=8000, help='0 takes any free one (default: 8000)')
     host = 'address to listen on (default: 127.0.0.1, which only this machine reaches)'

@@ -13,8 +13,9 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -55,23 +56,52 @@ def _holder() -> str:
     return f'process {os.getpid()} on {socket.gethostname()}'
 
 
+def _locked(path: Path, kind: int, wait: bool) -> TextIO:
+    "Open and lock a file. Errors as of `_file_lock`."
+    file = open(path, 'a+', encoding='utf-8')
+    try:
+        fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            raise BlockingIOError(errno.EAGAIN, file.read() or 'another process') from None
+    except OSError as e:
+        file.close()
+        advice = 'the file system has no locks; choose a folder on another disk'
+        raise OSError(e.errno, f'cannot lock: {advice}', str(path)) from e
+    return file
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    "Tell whether an open file is still the one of this name."
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
+
+
+def _remove_unless_shared(file: TextIO, path: Path):
+    "Remove a lock file that this process holds alone."
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+
+
 @contextmanager
 def _file_lock(path: Path, kind: int, wait: bool) -> Iterator[None]:  # kind: LOCK_EX or LOCK_SH
     "Hold a lock file. BlockingIOError with its holder, OSError where locks do not exist."
-    with open(path, 'a+', encoding='utf-8') as file:
-        try:
-            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise BlockingIOError(errno.EAGAIN, file.read() or 'another process') from None
-        except OSError as e:
-            advice = 'the file system has no locks; choose a folder on another disk'
-            raise OSError(e.errno, f'cannot lock: {advice}', str(path)) from e
+    file = _locked(path, kind, wait)
+    while not _is_at(file, path):  # the holder before has removed it
+        file.close()
+        file = _locked(path, kind, wait)
+    with file:
         if kind == fcntl.LOCK_EX:
             file.truncate(0)
             file.write(_holder())
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            _remove_unless_shared(file, path)
 
 # %% ../nbs/study/folders.ipynb #824bac87
 @contextmanager

@@ -137,17 +137,21 @@ def from_dict(
     nested = {k: _build(c, d[k]) for k, c in (('vit', VitConfig), ('vae', VaeConfig)) if k in d}
     cfg = _build(cls, {**d, **nested})
     check_llm(cfg.llm, 'llm')
-    _check_together(cfg)
+    _check_values(cfg)
     return cfg
 
 
-def _check_together(cfg: ClearConfig):
+def _check_values(cfg: ClearConfig):
     "Raise ValueError for fields that do not fit each other."
     for where, name in (('connector_act', cfg.connector_act), ('vit.act', cfg.vit.act)):
         _check_activation(name, where)
     for name in ('vae_rule', 'vit_rule'):
         if len(getattr(cfg, name)) != 3:
             raise ValueError(f'{name} has three numbers: longest side, shortest side, stride.')
+
+
+def _check_control_ids(cfg: ClearConfig):
+    "Raise ValueError for ids of control tokens that the vocabulary does not hold."
     ids, rows = (cfg.bos, cfg.eos, cfg.soi, cfg.eoi, (cfg.text_ids or 1) - 1), cfg.llm['vocab_size']
     if max(ids) >= rows:
         raise ValueError(
@@ -826,6 +830,7 @@ def own_config(path: Path, tokenizer) -> ClearConfig:
     found = read_json(file, _REMEDY)
     try:
         cfg = ClearConfig.from_dict(found)
+        _check_control_ids(cfg)
     except ValueError as e:
         raise ValueError(f'{file}: {str(e).rstrip(".")}; {_REMEDY}.') from e
     if tokenizer is not None:

@@ -304,6 +304,7 @@ def run(
     path, variant = notebook_path(notebook), params.get('variant', '')
     given = dict(params, preset=preset, **({} if seed is None else {'seed': seed}))
     check_parameters(path, given)
+    load_preset(preset)  # an unknown one is refused before a folder is made
     check_export()
     out = Path(out or output_path(path.stem, preset, seed, variant))
     with one_writer(out):

@@ -251,9 +251,7 @@ class GrpoParams(InRange):
     epsilon: Weight = 0.2  # clip range (eq. 8 and 17)
     beta: Weight = 0.0  # weight of the KL to the reference (eq. 9)
     lambda_flow: Weight = 0.3  # λ
-    norm: Literal['grpo', 'dr_grpo', 'bnpo'] = (
-        'grpo'  # how tokens are averaged (see grpo.Objective)
-    )
+    norm: Literal['grpo', 'dr_grpo', 'bnpo'] = 'grpo'  # how tokens are averaged (`grpo.NORMS`)
     length: Amount = 0  # tokens that 'dr_grpo' divides by; 0: the longest possible
     scale: Literal['std', 'none'] = 'std'  # of the advantages: std (eq. 6) or none
     reduction: Literal['mean', 'sum'] = 'mean'  # of the flow log-probability: mean, or sum (eq. 15)

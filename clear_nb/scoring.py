@@ -6,8 +6,9 @@
 __all__ = ['OUTCOME_KINDS', 'PROTOCOLS', 'READ_LIMIT', 'DECLINE_PHRASES', 'MISSING_REPLIES', 'OUR_RULES', 'KIT_RULES',
            'ROW_FIELDS', 'MMVET_CAPABILITIES', 'Outcome', 'protocol_of', 'whole_answer', 'answer_text', 'is_refusal',
            'read_option', 'read_yesno', 'kit_extract', 'kit_text', 'kit_yesno', 'kit_options', 'ReplyRules',
-           'score_reply', 'in_severity_order', 'score_rows', 'score_units', 'score_table', 'paired_drops',
-           'paired_differences', 'mme_table', 'second_scores', 'capability_table', 'combination_table', 'kit_report']
+           'score_reply', 'question_of', 'in_severity_order', 'score_rows', 'score_units', 'score_table',
+           'paired_drops', 'paired_differences', 'mme_table', 'second_scores', 'capability_table', 'combination_table',
+           'kit_report']
 
 # %% ../nbs/bench/scoring.ipynb #0caf8e25
 import re
@@ -591,8 +592,13 @@ def _group(sample, protocol: str, rules: ReplyRules) -> str:
     return str(sample.group or sample.index)
 
 
+def question_of(sample) -> tuple:  # benchmark, name of the question in it
+    "Name the question that a row asks; the rolls of a question share the name."
+    return sample.benchmark, _group(sample, 'circular', OUR_RULES)
+
+
 def _place(s) -> tuple:
-    return s.benchmark, _group(s, 'circular', OUR_RULES), s.corruption, s.severity
+    return *question_of(s), s.corruption, s.severity
 
 # %% ../nbs/bench/scoring.ipynb #070c65f8
 ROW_FIELDS = 'benchmark index group category l2_category split source corruption severity'.split()
@@ -659,6 +665,8 @@ def score_rows(
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f'unknown protocol {unknown.pop()!r}: use one of {PROTOCOLS}')
     outcomes = [score_reply(s, t, p, compat) for s, t, p in zip(samples, said, protocols)]
+    if rules is KIT_RULES and hasattr(judge, 'as_kit'):
+        judge = judge.as_kit()
     ask = dict(workers=workers, progress=progress)
     outcomes = _with_judge(samples, said, outcomes, protocols, judge, rules, **ask)
     frame = pd.DataFrame(

@@ -510,8 +510,8 @@ def serve(
     with open_port(host, port) as place:
         adapter = open_adapter(model, **settings)
         if not is_loopback(host):
-            text = f'clear-nb: {host} can be reached from other machines, and there is no password.'
-            print(terminal_line(text), file=sys.stderr)
+            warning = f'{host} can be reached from other machines, and there is no password'
+            print(terminal_line(f'clear-nb: {warning}.'), file=sys.stderr)
         is_checked = is_loopback(host) and ':' not in host
         app = service(adapter, content, ('127.0.0.1', 'localhost') if is_checked else ('*',))
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

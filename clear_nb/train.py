@@ -196,7 +196,7 @@ def stage_parser(doc: str, more: dict) -> argparse.ArgumentParser:
     parser.add_argument('--seed', type=int, default=0)
     more = dict(source='folder that `clear-nb build-data` has made (default: drawn scenes)') | more
     for name, text in more.items():
-        parser.add_argument(f'--{name}', default='', help=text)
+        parser.add_argument(f'--{name.replace("_", "-")}', default='', help=text)
     return parser
 
 # %% ../nbs/stages/train.ipynb #ec9ed27f

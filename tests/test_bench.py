@@ -1414,8 +1414,10 @@ def test_hugging_face_end_to_end(tmp_path, capsys):
                 'max_new_tokens=4',
                 model=model,
             )
-            == 0
+            == 1
         )
+        told = capsys.readouterr()
+        assert '16 of 16 replies were cut at the limit of 4 tokens' in told.err
     t = report(tmp_path).query("benchmark == 'mmbench'")
     assert (
         t.model.tolist() == ['SomeVLM'] * 2
@@ -1427,7 +1429,7 @@ def test_hugging_face_end_to_end(tmp_path, capsys):
     ) == 16
     assert (
         len(set(results(tmp_path / 'run').reply)) > 1
-        and '| SomeVLM | mmbench | low | 2 |' in capsys.readouterr().out
+        and '| SomeVLM | mmbench | low | 2 |' in told.out
     )
 
 

@@ -803,17 +803,22 @@ def test_rows_train(built, tmp_path, monkeypatch):
         ),
     )
     monkeypatch.setattr(grpo, 'open_training', sft.open_training)
-    monkeypatch.setattr(grpo, 'LLMJudge', lambda *a, **k: seen.append(a) or grpo.RuleJudge())
+
+    def judge(spec, cache, settings):
+        seen.append((spec, settings))
+
+    monkeypatch.setattr(grpo, 'open_judge', judge)
+    set_judge = ['--judge', 'judge@http://localhost/v1', '--judge-set', 'tries=2']
     for stage in (sft, bridge, grpo):
         stage.main(
             [
                 str(ROOT / 'params' / 'smoke.yaml'),
                 '--source',
                 str(built[0]),
-                *(['--judge', 'judge@http://localhost/v1'] if stage is grpo else []),
+                *(set_judge if stage is grpo else []),
             ]
         )
-    assert seen.pop(2) == ('judge', 'http://localhost/v1')
+    assert seen.pop(2) == ('judge@http://localhost/v1', dict(patience=900.0, tries=2))
     assert seen == [(str(built[0]), p) for p in ('sft', 'sft', 'rl')]
     before, after = (
         ClearModel.from_pretrained(tmp_path / 'smoke' / 'seed0' / n) for n in ('sft', 'grpo')
@@ -866,7 +871,7 @@ def test_command(built, source, tmp_path, hasty, capsys):
     )
     assert (
         capsys.readouterr().err
-        == 'clear-nb: no parquet file in nowhere: name the folder that holds the data set.\n'
+        == 'clear-nb: no parquet file in nowhere: there is no such folder.\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""Files are the same on a machine whose locale is not UTF-8."""
+"""D12: files are the same on a machine whose locale is not UTF-8."""
 
 import ast
 import base64
@@ -74,7 +74,10 @@ def lessons(path):
     return re.sub(r'^[%!].*$', '', '\n'.join(code), flags=re.M)
 
 
-@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+SCRIPTS = sorted((ROOT / 'benchmarks').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', [*MODULES, *SCRIPTS], ids=lambda p: p.stem)
 def test_every_text_file_is_utf_8(path):
     """Each call that opens a file names its encoding, or is binary."""
     assert unnamed_encodings(path.read_text(encoding='utf-8')) == []

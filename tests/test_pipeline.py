@@ -450,13 +450,13 @@ def test_seeds_side_by_side(house, monkeypatch):
     """
     calls = []
 
-    def process(command, stdout, env, **kw):
+    def process(children, command, stdout, env, **kw):
         calls.append(command)
         stdout.write('05_perceptual failed in cell 3\n' if command[-1] == '1' else 'fine\n')
         stdout.flush()
-        return subprocess.CompletedProcess(command, int(command[-1] == '1'))
+        return int(command[-1] == '1')
 
-    monkeypatch.setattr(pipeline.subprocess, 'run', process)
+    monkeypatch.setattr(pipeline.Children, 'run', process)
     monkeypatch.setattr(pipeline, 'run_steps', lambda todo, *a: calls.append(todo))
     monkeypatch.setattr(pipeline, 'write_readme', lambda: None)
     pipeline.run_all('smoke', seeds=(0, 2), full=True, jobs=2)
@@ -474,15 +474,15 @@ def test_interrupt(house, monkeypatch, capsys):
     """
     calls = []
 
-    def process(command, **kw):
+    def process(children, command, **kw):
         calls.append(command[-1])
         time.sleep(0.2)
-        return subprocess.CompletedProcess(command, -signal.SIGINT)
+        return -signal.SIGINT
 
     def wait(running):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.subprocess, 'run', process)
+    monkeypatch.setattr(pipeline.Children, 'run', process)
     monkeypatch.setattr(pipeline, 'as_completed', wait)
     assert main(['--preset', 'smoke', '--all', '--jobs', '2', '--seed', *map(str, range(8))]) == 130
     assert len(calls) <= 2

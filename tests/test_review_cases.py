@@ -23,7 +23,7 @@ from clear_nb.images import open_image
 from clear_nb.judge import LLMJudge
 from clear_nb.rows import BenchmarkRow, Reject, read_datasets, read_tsv
 from clear_nb.scoring import answer_text, protocol_of, read_option, score_reply
-from clear_nb.server import read_completion
+from clear_nb.server import Refused, read_completion
 
 FOLDER = ROOT / 'tests' / 'golden' / 'cases'
 
@@ -99,16 +99,15 @@ def completion(path, _):
 
 
 def judged(path, _):
-    """What becomes of two replies of a judge; neither is a grade."""
+    """What becomes of two replies of a judge, neither of which is a grade."""
     said, question = read(path), BenchmarkRow('MM-Vet', '0', 'What?', 'van <AND> blue')
-    outcomes = []
-    script = Raw(json.dumps(said['reasoning_cut'])), Status(400, said['new_openai_status_400'])
-    for behaviour in script:
-        with FakeServer(default=behaviour) as server:
-            got = LLMJudge('toy', server.url)(question, 'a blue van')
-            outcomes.append((type(got).__name__, len(server.requests)))
-    assert 'max_tokens' in got.reason
-    return outcomes
+    with FakeServer(default=Raw(json.dumps(said['reasoning_cut']))) as server:
+        cut = LLMJudge('toy', server.url)(question, 'a blue van')
+    with FakeServer(default=Status(400, said['new_openai_status_400'])) as server:
+        with pytest.raises(Refused) as e:
+            LLMJudge('toy', server.url)(question, 'a blue van')
+        asked = len(server.requests)
+    return type(cut).__name__, asked, 'max_tokens=null' in str(e.value)
 
 
 def missing_package(path, tmp_path):
@@ -188,7 +187,7 @@ CASES = [  # file, reader, value
         [(dict(A='2 $', B='4 $', C='6 $', D='8 $'), 'B')],
     ),
     ('bench/H06_judge/MM-Vet.tsv', protocol, ('mmvet', ['van <AND> blue'] * 3)),
-    ('bench/H06_judge/judge_replies.json', judged, [('Unparsable', 1), ('Outage', 1)]),
+    ('bench/H06_judge/judge_replies.json', judged, ('Unparsable', 1, True)),
     (
         'bench/H07_missing_roll/MMBench_DEV_EN.tsv',
         table('index'),

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     'generate': ['restore', 'presets'],
     'reward': ['grammar', 'trajectory', 'presets'],
     # the stages
-    'server': ['grammar'],
+    'server': ['core', 'grammar'],
     'judge': ['reward', 'server'],
     'ask': ['generate'],
     'traces': ['scenes', 'model'],
