@@ -736,8 +736,13 @@ def bagel_config(
     else:
         more = dict(text_ids=n if n < rows else None, think_prompt='')
     control = {k: ids[t] for k, t in CONTROL_TOKENS.items()}
-    found = {'vae': {}, **more, 'llm': llm, 'vit': vit, **control}
-    return replace(ClearConfig.from_dict(found), **changes)
+    try:
+        cfg = ClearConfig.from_dict({'vae': {}, **more, 'llm': llm, 'vit': vit, **control})
+    except ValueError as e:
+        read = [f'{k}_config.json' for k in ('llm', 'vit', 'clear')]
+        read = ', '.join(name for name in read if (path / name).is_file())
+        raise ValueError(f'{path} ({read}): {str(e).rstrip(".")}; {_REMEDY}.') from e
+    return replace(cfg, **changes)
 
 # %% ../nbs/method/model.ipynb #b6801ae7
 BAGEL_FILES = (

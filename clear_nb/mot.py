@@ -265,7 +265,7 @@ class RotaryEmbedding(nn.Module):
         d = getattr(cfg, 'head_dim', None) or cfg.hidden_size // cfg.num_attention_heads
         place = 'cpu' if torch.empty(0).is_meta else None  # as for `vit.vector_table`
         exponents = torch.arange(0, d, 2, dtype=torch.float, device=place) / d
-        frequencies = 1.0 / (cfg.rope_parameters['rope_theta'] ** exponents)
+        frequencies = 1.0 / (float(cfg.rope_parameters['rope_theta']) ** exponents)
         self.inv_freq = nn.Buffer(frequencies, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple:  # cos and sin, (..., d) each

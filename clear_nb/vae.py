@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from einops import rearrange
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -30,7 +32,7 @@ class VaeConfig(InRange):
     "Shape and convention of the autoencoder; the defaults are FLUX's."
 
     ch: Size = 128  # channels of the first level
-    ch_mult: tuple[Size, ...] = (
+    ch_mult: Annotated[tuple[Size, ...], MinLen(1)] = (
         1,
         2,
         4,
