@@ -586,7 +586,7 @@ class ServerAdapter(Adapter):
         rpm: Positive = None,  # requests per minute; None: no limit
         max_new_tokens: Count = MAX_NEW_TOKENS,
         name_rows: bool = False,  # tell `clear-nb serve` which row each request is about
-        **options,  # further fields of the request (`server.check_request_fields`); None leaves one out
+        **options,  # further fields of the request; None leaves a field out
     ):
         from clear_nb.server import Server, check_request_fields
 

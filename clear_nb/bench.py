@@ -62,8 +62,11 @@ def _has_rolls(rows: list) -> bool:
 
 
 def _protocol(
-    name: str, rows: list, judge, finished: bool = True
-) -> str:  # rows: of this benchmark
+    name: str,
+    rows: list,  # of this benchmark
+    judge,
+    finished: bool = True,  # else rolls may still come
+) -> str:
     """Return the protocol of a benchmark's name or answers, else that of its first question.
 
     Questions that are rolled are scored together. A finished benchmark without a single roll is
@@ -324,7 +327,8 @@ def _summary(frame: pd.DataFrame, run: dict) -> dict:  # of one model
     known = run['rows'] is not None
     # more replies than rows: the last command left rows out
     incomplete = len(incomplete_questions(frame))
-    complete = known and run['rows'] <= len(frame) and not counts['pending'] + incomplete
+    open_ones = counts['pending'] + incomplete
+    complete = known and run['rows'] <= len(frame) and not open_ones
     return dict(
         run,
         model=run['name'],

@@ -363,11 +363,9 @@ def _judged(self: LLMJudge, task: JudgeTask, fields: dict, options: dict = {}):
                 self._replies.add(key, reply, **about)
     read = self._readers.get(task.name, task.read)
     found = read(reply.rpartition('</think>')[2], options)
-    return Unparsable(f'{lost}; {found.reason}') if lost and _is_unread(found) else found
-
-
-def _is_unread(found) -> bool:
-    return isinstance(found, Unparsable)
+    if lost and isinstance(found, Unparsable):
+        return Unparsable(f'{lost}; {found.reason}')
+    return found
 
 # %% ../nbs/stages/judge.ipynb #c645c345
 def _kit_letter(reply: str, options: dict) -> str | Unparsable:

@@ -42,6 +42,7 @@ from clear_nb.cells import (
     without_placeholder,
 )
 from .core import file_hash, suggest
+from .grammar import storable
 from .images import open_image
 
 # %% ../nbs/bench/rows.ipynb #36325a95
@@ -228,11 +229,6 @@ class RowSource:
 
 # %% ../nbs/bench/rows.ipynb #5ccbd566
 _LEVELS = dict(LOW='low', MID='mid', HIGH='hard')
-
-
-def _storable_name(name: str) -> str:
-    "Replace what UTF-8 cannot hold, as in a file name of another locale, by question marks."
-    return name.encode('utf-8', 'replace').decode('utf-8')
 
 
 def parse_name(
@@ -466,7 +462,7 @@ class _TsvFile:
     @cached_property
     def names(self) -> dict:
         "Read benchmark, corruption and severity out of the file name."
-        named = parse_name(_storable_name(self.path.stem))
+        named = parse_name(storable(self.path.stem))
         return dict(zip(('benchmark', 'corruption', 'severity'), named))
 
     @cached_property
@@ -727,7 +723,7 @@ def read_datasets(
     benchmark = benchmark or getattr(getattr(ds, 'info', None), 'dataset_name', None)
     if not benchmark:
         raise ValueError('the data set has no name: pass benchmark=')
-    benchmark = _storable_name(benchmark)
+    benchmark = storable(benchmark)
     _check_columns(columns, ds.column_names, benchmark)
     total = len(ds) if hasattr(ds, '__len__') else None
     if total == 0:

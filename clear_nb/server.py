@@ -176,7 +176,7 @@ def check_request_fields(
         )
     ours = {'self', 'messages', 'model', 'stream', 'stream_options'}
     fields = {*inspect.signature(Completions.create).parameters} - ours
-    known = (fields | {*settings}) - {'self', 'model', 'base_url', 'options', 'request'}
+    known = (fields | {*settings}) - {'model', 'base_url', 'options', 'request'}
     for name in request.keys() - fields:
         raise ValueError(
             f'a server has no setting {name!r}, {suggest(name, known)}; '

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     # the benchmark
     'escape': [],
     'cells': ['images'],
-    'rows': ['cells', 'degrade', 'scenes'],
+    'rows': ['cells', 'degrade', 'grammar', 'scenes'],
     'variants': ['rows', 'signals'],
     'bench_files': ['variants', 'folders'],
     'scoring': ['degrade', 'judge', 'reward', 'stats'],
